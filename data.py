@@ -1,0 +1,313 @@
+"""Tiles: synthetic tissue, folders of images, and the order in which a run sees them.
+
+Place in the data flow:  [ data.py ] -> student.py and teachers.py -> losses.py -> train.py -> evaluate.py
+
+    tile k of a run = view(seed, k, source[order(seed, k)])    one crop, flip and quarter turn, shared by student and teachers
+
+The k-th sample is a pure function of (seed, k). So resuming means starting at k, the number of workers changes nothing, rank r
+of W takes k = r, r + W, ..., and no generator state is stored anywhere. Images leave this file as uint8 (3, H, W); each model
+normalises for itself.
+"""
+
+import contextlib
+import functools
+import hashlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as TF
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+
+
+class InputError(ValueError):
+    """Something that the user can put right. The message is one line that names the file or flag and the remedy."""
+
+
+def progress(items: Iterable, label: str, total: int, every: float = 5.0) -> Iterator:
+    """Yield the items; every few seconds print how far it is and how long it will take (process 0 alone)."""
+    start = last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if (now - last > every or done == total) and os.environ.get("RANK", "0") == "0":
+            last, eta = now, (now - start) / done * (total - done)
+            print(f"  {label}: {done}/{total}, {now - start:.0f} s, ETA {eta:.0f} s", flush=True)
+
+
+def save_atomically(content: dict, path: str | Path) -> None:
+    """torch.save, so that `path` holds either the old file or the whole new one, whenever the machine stops."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error}; free some space or choose another folder") from None
+
+
+# ---- synthetic tissue --------------------------------------------------------------------------------------------------
+# Optical densities of haematoxylin and eosin are drawn, then mixed to RGB by Beer-Lambert. Every tile has two independent
+# labels, the kind of its cells and the kind of its tissue: one for each offline teacher to know and the other to lack.
+
+TISSUE_VERSION = 1  # raise it when a tile changes: the offline teachers are then trained anew
+STREAMS = ("teacher", "distil", "bank", "test")  # keyed (stream, seed, k), so that nothing leaks from one into another
+TASKS = ("cells", "tissue")
+CELLS = {  # nuclei: radius (px of a 64 px tile), its spread, elongation, density, pale centre, nucleolus, mean number
+    "lymphocyte": (2.1, 0.08, 1.1, 1.6, 0.0, 0.0, 30),
+    "epithelial": (3.8, 0.10, 1.3, 0.9, 0.0, 0.0, 16),
+    "pleomorphic": (4.2, 0.35, 1.6, 1.5, 0.0, 0.0, 14),
+    "spindle": (2.7, 0.10, 4.0, 1.0, 0.0, 0.0, 16),
+    "vesicular": (4.4, 0.10, 1.2, 1.0, 0.85, 0.0, 14),
+    "nucleolar": (4.4, 0.10, 1.2, 0.5, 0.0, 2.2, 14),
+}
+TISSUES = {  # holes: number, smallest and largest radius
+    "gland": (1, 9.0, 14.0),
+    "sheet": (0, 0, 0),
+    "fibres": (0, 0, 0),
+    "fat": (5, 8.0, 13.0),
+    "cribriform": (9, 3.5, 5.5),
+    "whorl": (0, 0, 0),
+}
+STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]], np.float32)  # H and E, Ruifrok & Johnston 2001
+
+
+def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
+    """Random values in [0, 1] on a coarse grid, bilinearly enlarged to (size, size)."""
+    coarse = rng.random((cells + 1, cells + 1), dtype=np.float32)
+    t = np.arange(size, dtype=np.float32) * (cells / size)
+    i, f = t.astype(int), t % 1
+    rows = coarse[i] * (1 - f)[:, None] + coarse[i + 1] * f[:, None]
+    return rows[:, i] * (1 - f) + rows[:, i + 1] * f
+
+
+def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndarray, int, int]:
+    """Tile k of a stream -> RGB uint8 (size, size, 3), index of its cells in CELLS, index of its tissue in TISSUES."""
+    rng = np.random.default_rng((STREAMS.index(stream), seed, k))
+    cell, tissue = int(rng.integers(len(CELLS))), int(rng.integers(len(TISSUES)))
+    radius, spread, elongation, density, pale, nucleolus, count = list(CELLS.values())[cell]
+    name, (n_holes, smallest, largest) = list(TISSUES.items())[tissue]
+    y, x = np.mgrid[:size, :size].astype(np.float32) * (64 / size)  # coordinates of a 64 px tile
+    normal = functools.partial(rng.standard_normal, dtype=np.float32)
+
+    # Eosin: a texture, waves for fibres and whorls, nothing in the holes.
+    angle = rng.uniform(0, math.pi)
+    warp = 10 * (smooth_noise(rng, size, 3) - 0.5)
+    centre_x, centre_y = rng.uniform(18, 46, 2).tolist()
+    eosin = 0.35 + 0.35 * smooth_noise(rng, size, 8)
+    if name == "fibres":
+        across = x * math.cos(angle) + y * math.sin(angle) + warp
+        eosin += 0.35 * np.sin(across * rng.uniform(0.5, 0.7) + rng.uniform(0, 6))
+    if name == "whorl":
+        eosin += 0.4 * np.cos((np.hypot(x - centre_x, y - centre_y) + 0.5 * warp) * rng.uniform(0.3, 0.4))
+    holes = np.zeros((size, size), np.float32)  # 1 inside a lumen or vacuole
+    if n_holes:
+        hole_x, hole_y = ([centre_x], [centre_y]) if name == "gland" else rng.uniform(0, 64, (2, n_holes)).tolist()
+        hole_r = rng.uniform(smallest, largest, n_holes).tolist()
+        edge = np.min([np.hypot(x - a, y - b) / r for a, b, r in zip(hole_x, hole_y, hole_r)], axis=0)  # 1 at a rim
+        holes = 1 / (1 + np.exp(np.clip((edge + warp / 40 - 1) * 16, -30, 30)))
+
+    # Haematoxylin: nuclei outside the holes, around the lumen in a gland, as soft ellipses (n, size, size).
+    n = max(4, rng.poisson(count))
+    nx, ny = rng.uniform(0, 64, (2, 3 * n)).astype(np.float32)
+    free = holes[(ny * size / 64).astype(int), (nx * size / 64).astype(int)] < 0.3
+    order = np.flatnonzero(free)[:n]
+    if name == "gland":
+        off_ring = np.abs(np.hypot(nx - centre_x, ny - centre_y) / hole_r[0] - 1.45) + rng.uniform(0, 0.8, 3 * n)
+        order = np.argsort(np.where(free, off_ring, 9), kind="stable")[:n]
+    n = len(order)
+    r = radius * np.exp(spread * normal((n, 1, 1)))
+    e = np.sqrt(elongation * np.exp(0.15 * normal((n, 1, 1))))
+    a = angle + 0.5 * normal((n, 1, 1))
+    dx, dy = x - nx[order, None, None], y - ny[order, None, None]
+    d = np.hypot(
+        (np.cos(a) * dx + np.sin(a) * dy) / (r * e), (np.cos(a) * dy - np.sin(a) * dx) / (r / e)
+    )  # 1 at the rim
+    body = np.clip((1 - d) * 3 + 0.5, 0, 1)
+    chromatin = 1 - pale * np.clip(1.4 - 1.8 * d, 0, 1) + nucleolus * np.clip(2 - 5 * d, 0, 1)
+    haematoxylin = (body * chromatin * (density * np.exp(0.12 * normal((n, 1, 1))))).max(0)
+    haematoxylin = haematoxylin * (0.85 + 0.3 * smooth_noise(rng, size, 16)) + 0.08 * (1 - holes)
+    eosin = eosin * (1 - holes) * (1 - 0.5 * body.max(0))
+
+    # Beer-Lambert: stain vectors, strengths and light vary as from slide to slide.
+    stains = STAINS * np.exp(0.10 * normal((2, 3)))
+    stains *= np.exp(0.2 * normal((2, 1))) / np.linalg.norm(stains, axis=1, keepdims=True)
+    rgb = np.exp(-np.stack([haematoxylin, eosin], -1) @ stains) * rng.uniform(0.92, 1) + 0.02 * normal((size, size, 3))
+    return (np.clip(rgb, 0, 1) * 255).astype(np.uint8), cell, tissue
+
+
+class TissueTiles(Dataset):
+    """Synthetic tile k of a stream -> {"image": uint8 (3, size, size), "cells": int, "tissue": int}; it has no last tile."""
+
+    def __init__(self, stream: str, seed: int, size: int = 64):
+        self.stream, self.seed, self.size = stream, seed, size
+
+    def __getitem__(self, k: int) -> dict:
+        image, cells, tissue = draw_tissue(self.stream, self.seed, k, self.size)
+        return {"image": torch.from_numpy(image).permute(2, 0, 1), "cells": cells, "tissue": tissue}
+
+    def draw(self, n: int) -> dict[str, Tensor]:
+        """The first n tiles at once: {"image": (n, 3, size, size), "cells": (n,), "tissue": (n,)}, on all cores."""
+        loader = batches(self, range(n), 64, min(8, os.cpu_count() or 1) if n > 256 else 0)
+        drawn = list(progress(loader, f"drawing {n} synthetic tiles", len(loader)))
+        return {key: torch.cat([batch[key] for batch in drawn]) for key in drawn[0]}
+
+
+# ---- the order of samples ----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)  # a batch can straddle two epochs
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng((0, seed, epoch)).permutation(n)
+
+
+def tile_index(seed: int, k: int, n: int) -> int:
+    """Which of n tiles is sample k: every tile once an epoch, in an order of its own."""
+    return int(epoch_order(seed, k // n, n)[k % n])
+
+
+def batches(dataset: Dataset, ks: range, batch_size: int, workers: int = 0, pin: bool = False) -> DataLoader:
+    """Samples `ks` of a dataset in batches. What sample k holds depends on k alone, so any number of workers gives the same."""
+    return DataLoader(dataset, batch_size, sampler=ks, num_workers=workers, pin_memory=pin)
+
+
+class CachedTiles(Dataset):
+    """Tiles whose teacher outputs are known: sample k -> {"image": (3, H, W), "outputs": {teacher: {"summary", "patches"}}}."""
+
+    def __init__(self, images: Tensor, outputs: dict[str, dict[str, Tensor]], seed: int):
+        self.images, self.outputs, self.seed = images, outputs, seed
+
+    def __getitem__(self, k: int) -> dict:
+        i = tile_index(self.seed, k, len(self.images))
+        outputs = {t: {kind: y[i] for kind, y in tokens.items()} for t, tokens in self.outputs.items()}
+        return {"image": self.images[i], "outputs": outputs}
+
+
+# ---- real tiles --------------------------------------------------------------------------------------------------------
+
+
+def list_tiles(root: str | Path, flag: str = "--data") -> list[str]:
+    """Relative paths of all images under a folder, sorted. InputError where there is none."""
+    if not os.path.isdir(root):
+        raise InputError(f"{flag}: {root} is not a folder; give a folder of tiles")
+    found = []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):  # "._x.png": macOS metadata
+                found.append(os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/"))
+    if not found:
+        raise InputError(f"{flag}: no images ({', '.join(sorted(SUFFIXES))}) in {root} or the folders below it")
+    return sorted(found)
+
+
+def open_tile(path: str | Path) -> Image.Image | None:
+    """An image file as Pillow's RGB, upright after its EXIF tag; None where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception:  # noqa: BLE001 - Pillow raises a dozen types on broken files, and all mean the same here
+        return None
+
+
+def random_view(image: Image.Image, size: int, rng: np.random.Generator) -> Tensor:
+    """A random crop (3, size, size) at native scale, flipped and turned by quarters; a smaller tile is enlarged."""
+    if min(image.size) < size:
+        image = TF.resize(image, size, TF.InterpolationMode.BICUBIC)
+    left, top = (int(rng.integers(length - size + 1)) for length in image.size)
+    view = TF.pil_to_tensor(TF.crop(image, top, left, size, size))
+    view = torch.rot90(view, int(rng.integers(4)), (1, 2))  # with the flip: all 8 symmetries, tissue has no upright
+    return (view.flip(2) if rng.integers(2) else view).contiguous()
+
+
+def centre_view(image: Image.Image, size: int) -> Tensor:
+    """The view of evaluation (3, size, size): shorter side to `size` (bicubic, antialiased), centre cropped."""
+    return TF.pil_to_tensor(TF.center_crop(TF.resize(image, size, TF.InterpolationMode.BICUBIC), size))
+
+
+class FolderTiles(Dataset):
+    """Sample k of a folder of tiles -> {"image": uint8 (3, size, size), "skipped": unreadable paths, joined by NUL}.
+
+    An unreadable tile is replaced by the next of the same epoch's order, so the choice depends on k alone.
+    """
+
+    def __init__(self, root: str | Path, size: int, seed: int):
+        self.root, self.size, self.seed = Path(root), size, seed
+        self.files = list_tiles(root)
+
+    def fingerprint(self) -> dict:
+        """Count and hash of the sorted list: what a resumed run compares."""
+        listing = "\0".join(self.files).encode("utf8", "surrogateescape")
+        return {"count": len(self.files), "sha256": hashlib.sha256(listing).hexdigest()}
+
+    def count_small(self, most: int = 2000) -> tuple[int, int]:
+        """How many of at most `most` evenly spaced tiles are smaller than the crop, and how many were looked at."""
+        files, small = self.files[:: -(-len(self.files) // most)], 0
+        for name in files:
+            with contextlib.suppress(Exception), Image.open(self.root / name) as image:  # reads the header alone
+                small += min(image.size) < self.size
+        return small, len(files)
+
+    def __getitem__(self, k: int) -> dict:
+        n, skipped = len(self.files), []
+        order = epoch_order(self.seed, k // n, n)
+        while len(skipped) <= n / 100:
+            path = self.root / self.files[order[(k + len(skipped)) % n]]
+            if image := open_tile(path):
+                view = random_view(image, self.size, np.random.default_rng((1, self.seed, k)))
+                return {"image": view, "skipped": "\0".join(skipped)}
+            skipped.append(str(path))
+        return {"image": torch.zeros(3, self.size, self.size, dtype=torch.uint8), "skipped": "\0".join(skipped)}
+
+
+class LabelledTiles(Dataset):
+    """One split of a labelled folder, ROOT/SPLIT/CLASS/*: tile k -> {"image": (3, size, size), "label": int, "skipped": path}.
+
+    label: index in `classes`, or -1 where the tile cannot be read.
+    """
+
+    def __init__(self, root: str | Path, split: str, size: int, classes: list[str] | None = None):
+        self.root, self.size = Path(root) / split, size
+        if not self.root.is_dir():
+            raise InputError(f"--data: {self.root} is missing; a labelled folder holds train/CLASS/* and test/CLASS/*")
+        self.files = list_tiles(self.root)
+        self.classes = classes or sorted({name.split("/")[0] for name in self.files if "/" in name})
+        for name in self.files:
+            if "/" not in name or name.split("/")[0] not in self.classes:
+                raise InputError(f"--data: {self.root / name} is in none of the classes of train/; move or remove it")
+
+    def __getitem__(self, k: int) -> dict:
+        path = self.root / self.files[k]
+        if image := open_tile(path):
+            label = self.classes.index(self.files[k].split("/")[0])
+            return {"image": centre_view(image, self.size), "label": label, "skipped": ""}
+        return {"image": torch.zeros(3, self.size, self.size, dtype=torch.uint8), "label": -1, "skipped": str(path)}
+
+
+class Skipped:
+    """Counts the unreadable tiles of a folder of `tiles`: names each once, InputError when they pass 1 %."""
+
+    def __init__(self, tiles: int):
+        self.tiles, self.paths = tiles, set()
+
+    def check(self, batch: dict) -> dict:
+        for path in "\0".join(batch.get("skipped", [])).split("\0"):
+            if path and path not in self.paths:
+                self.paths.add(path)
+                print(f"warning: skipped unreadable tile {path!r} ({len(self.paths)} so far)", file=sys.stderr)
+        if len(self.paths) > self.tiles / 100:
+            some = ", ".join(sorted(self.paths)[:3])
+            raise InputError(f"--data: over 1 % of {self.tiles} tiles are unreadable: {some}; mend or remove them")
+        return batch

@@ -1,0 +1,219 @@
+"""Evaluation of frozen embeddings: kNN at every nested dim, the student beside its teachers.
+
+Place in the data flow:  data.py -> student.py and teachers.py -> losses.py -> train.py -> [ evaluate.py ]
+
+    python evaluate.py runs/demo                     synthetic tissue, both tasks, every nested dim, and the offline teachers
+    python evaluate.py runs/demo --data labelled/    a folder with train/CLASS/* and test/CLASS/*
+
+Features are taken after the final norm, cut to the first m channels, and only then L2-normalised. kNN as in DINO (arXiv
+2104.14294): k = 20, never more than the bank, cosine similarity, votes weighted exp(similarity / 0.07).
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import InputError, LabelledTiles, Skipped, TissueTiles, batches, progress
+from student import Student, truncate
+from teachers import OFFLINE, choose_device, load_strictly, load_teacher, read_weights
+
+K, TEMPERATURE = 20, 0.07
+BANK = TEST = 2048  # synthetic tiles
+Models = dict[str, tuple[nn.Module, list[int]]]  # {name: (student or teacher, dims to cut it to)}
+
+
+def load_student(run: str | Path, device: str | torch.device = "cpu") -> tuple[Student, dict]:
+    """A trained student without its adaptor heads, from a run folder or a student.pt -> (student in eval mode, its config)."""
+    path = Path(run) / "student.pt" if Path(run).is_dir() else Path(run)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give the folder of a run that has saved, or a student.pt")
+    content = read_weights(path)
+    if not isinstance(content, dict) or not {"state_dict", "config"} <= content.keys():
+        raise InputError(f"{path} is not a student.pt written by train.py")
+    student = Student(content["config"]["arch"], {}, content["config"]["nested_dims"])
+    load_strictly(student.backbone, content["state_dict"], str(path))
+    return student.to(device).eval(), content["config"]
+
+
+@torch.no_grad()
+def embed(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
+    """Summary features (n, D) float32, on the CPU, of images (n, 3, H, W) uint8 or in [0, 1]; a student or a teacher."""
+    device = next(model.parameters()).device
+    return torch.cat([model(batch.to(device))["summary"].float().cpu() for batch in images.split(batch_size)])
+
+
+def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = K) -> dict[str, float]:
+    """Weighted k-nearest-neighbour vote. x: (n, D) features, y: (n,) integer labels -> accuracy and balanced accuracy in [0, 1]."""
+    k = min(k, len(train_x))
+    train_x, test_x = F.normalize(train_x.float(), dim=-1), F.normalize(test_x.float(), dim=-1)
+    n_classes = int(max(train_y.max(), test_y.max())) + 1
+    predicted = []
+    for queries in test_x.split(1024):  # bounds the (queries, bank) matrix
+        similarity, nearest = (queries @ train_x.T).topk(k, dim=-1)  # (q, k)
+        votes = torch.zeros(len(queries), n_classes)
+        votes.scatter_add_(1, train_y[nearest], (similarity / TEMPERATURE).exp())
+        predicted.append(votes.argmax(-1))
+    correct = (torch.cat(predicted) == test_y).float()  # (n,)
+    recalls = [correct[test_y == label].mean() for label in test_y.unique()]
+    return {"accuracy": correct.mean().item(), "balanced_accuracy": torch.stack(recalls).mean().item()}
+
+
+def knn_rows(models: Models, split: Callable[[str], Iterable[tuple[Tensor, dict]]]) -> list[dict]:
+    """Rows of the table: every model at each of its dims, on every task.
+
+    split("bank" or "test") -> iterable of (images, {task: labels}), gone through once.
+    """
+    features, labels = {}, {}
+    for name in ("bank", "test"):
+        parts = [({m: embed(model, images) for m, (model, _) in models.items()}, y) for images, y in split(name)]
+        features[name] = {m: torch.cat([x[m] for x, _ in parts]) for m in models}
+        labels[name] = {task: torch.cat([y[task] for _, y in parts]) for task in parts[0][1]}
+    rows = []
+    for name, (model, dims) in models.items():
+        backbone = model.backbone if isinstance(model, Student) else model
+        for dim in dims:
+            bank, test = (truncate(features[split_name], dim)[name] for split_name in ("bank", "test"))
+            scores = {task: knn(bank, labels["bank"][task], test, labels["test"][task]) for task in labels["bank"]}
+            n = sum(p.numel() for p in backbone.parameters())
+            rows.append({"model": name, "parameters": n, "dim": dim, "tasks": scores})
+    return rows
+
+
+def synthetic_split(seed: int, size: int) -> Callable:
+    """Synthetic tissue, both labels, as `split` for knn_rows; streams apart from every stream that is trained on."""
+
+    def split(name: str):
+        tiles = TissueTiles(name, seed, size).draw({"bank": BANK, "test": TEST}[name])
+        yield tiles["image"], {"cells": tiles["cells"], "tissue": tiles["tissue"]}
+
+    return split
+
+
+def folder_split(root: str | Path, size: int) -> Callable:
+    """train/CLASS and test/CLASS as `split` for knn_rows; unreadable tiles are named, counted and left out."""
+    train = LabelledTiles(root, "train", size)
+    sets = {"bank": train, "test": LabelledTiles(root, "test", size, train.classes)}
+    skipped = Skipped(sum(len(tiles.files) for tiles in sets.values()))
+
+    def split(name: str):
+        loader = batches(sets[name], range(len(sets[name].files)), 64, workers=0)
+        for batch in progress(loader, f"embedding {sets[name].root}", len(loader)):
+            skipped.check(batch)
+            read = batch["label"] >= 0
+            yield batch["image"][read], {"class": batch["label"][read]}
+
+    return split
+
+
+def table(rows: list[dict], metric: str = "accuracy") -> str:
+    """Aligned text: a line for each model and dim, a column for each task, in per cent."""
+    tasks = list(rows[0]["tasks"])
+    width = max(len(row["model"]) for row in rows) + 2
+    lines = [
+        f"{'kNN ' + metric + ', %':{width}}{'parameters':>12}{'dim':>6}" + "".join(f"{task:>10}" for task in tasks)
+    ]
+    for row in rows:
+        scores = "".join(f"{100 * row['tasks'][task][metric]:>10.1f}" for task in tasks)
+        lines.append(f"{row['model']:{width}}{row['parameters'] / 1e6:>10.3f} M{row['dim']:>6}" + scores)
+    return "\n".join(lines)
+
+
+# ---- the command line (train.py uses the same pieces) ------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse with one-line errors, whole flags only, and the module docstring as the manual."""
+
+    def __init__(self, prog: str, manual: str):
+        super().__init__(prog, description=manual, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}; see python {self.prog} --help\n")
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text} is below {smallest}")
+        return int(text)
+
+    return whole_number
+
+
+def name_list(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def dim_list(text: str) -> list[int]:
+    return sorted({at_least(1)(part) for part in text.split(",")})
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script: what a user can put right ends it with one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def report(models: Models, runs: list[Path], data: str | None, seed: int) -> list[dict]:
+    """Evaluate, print the table, and add it to the results.json of each run; what it holds on other data stays."""
+    size = max(model.backbone.img_size for model, _ in models.values() if isinstance(model, Student))
+    rows = knn_rows(models, folder_split(data, size) if data else synthetic_split(seed, size))
+    print("\n" + table(rows) + ("\n\n" + table(rows, "balanced_accuracy") if data else ""))
+    protocol = (
+        f"kNN, k = {K}, cosine similarity, votes exp(similarity / {TEMPERATURE}), shorter side {size} px, centre crop"
+    )
+    for run in runs:
+        path = (run if run.is_dir() else run.parent) / "results.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        results[data or "synthetic tissue"] = {
+            "protocol": protocol,
+            "seed": seed,
+            "torch": torch.__version__,
+            "rows": rows,
+        }
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1))
+        os.replace(temporary, path)
+    return rows
+
+
+def main() -> None:
+    parser = OneLineParser("evaluate.py", __doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a run folder or a student.pt; several stand side by side")
+    add("--data", help="a labelled folder, train/CLASS/* and test/CLASS/* (default: synthetic tissue)")
+    add("--dims", type=dim_list, help="comma-separated (default: each run's nested dims)")
+    add("--teachers", type=name_list, help="teachers to stand beside, or none (default: the run's offline teachers)")
+    add("--seed", type=at_least(0), default=0, help="of the synthetic tissue (default: 0)")
+    add("--device", help="cuda, mps or cpu (default: the best at hand)")
+    add("--weights-dir", default="weights", help="where teachers' weights are looked for and kept (default: weights)")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+
+    models, recipe, names = {}, {}, []
+    for run in args.runs:
+        student, config = load_student(run, device)
+        if args.dims and args.dims[-1] > student.backbone.width:
+            raise InputError(f"--dims: {args.dims[-1]} is above the width {student.backbone.width} of {run}")
+        models[str(run)] = (student, args.dims or student.nested_dims)
+        names += [name for name in config["teachers"] if name in OFFLINE and name not in names]
+        recipe = recipe or config["teacher_recipe"]
+    for name in names if args.teachers is None else args.teachers:
+        teacher = load_teacher(name, args.weights_dir, device, **recipe)
+        models[f"teacher {name}"] = (teacher, [teacher.dim])
+
+    report(models, [Path(run) for run in args.runs], args.data, args.seed)
+
+
+if __name__ == "__main__":
+    run_main(main)

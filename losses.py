@@ -1,0 +1,162 @@
+"""The targets and the loss: standardised teacher tokens, two token losses, and their sum over teachers and nested dims.
+
+Place in the data flow:  data.py -> student.py and teachers.py -> [ losses.py ] -> train.py -> evaluate.py
+
+    y_t     = standardise(teacher t's tokens)                 statistics measured once, before training, then frozen
+    L_{t,m} =       cos(h_{t,m}(z_summary[:m]), y_summary)    cos(a, b) = 1 - cosine similarity
+            + 0.9 * cos(h_{t,m}(z_patch[:m]),   y_patch)
+            + 0.1 * smooth_l1(h_{t,m}(z_patch[:m]), y_patch)
+    L       = sum over teachers t and nested dims m of w_m * L_{t,m},   w_m = 1
+
+Everything here is a pure function of tensors, in float32 whatever the autocast around it. Sources: the two token losses are
+RADIO's (arXiv 2312.06709), the PHI-S standardisation is arXiv 2410.01680, the sum over prefixes is Matryoshka representation
+learning (2205.13147). The weights are our choice, not checked against the paper's method section.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import InputError
+
+Tokens = dict[str, Tensor]  # {"summary": (B, D), "patches": (B, N, D)}
+
+
+# ---- standardising a teacher's tokens ------------------------------------------------------------------------------------
+
+
+def hadamard(n: int) -> Tensor:
+    """A Hadamard matrix (n, n) of entries +-1, H H^T = n I, in float64. InputError where n has no construction here.
+
+    Sylvester's for 2^k; otherwise a Kronecker product of Sylvester's with Paley's of size 12 or 20 (q = 11, 19).
+    """
+    for q in (1, 11, 19):
+        sylvester, rest = divmod(n, q + 1 if q > 1 else 1)
+        if rest == 0 and sylvester & (sylvester - 1) == 0:
+            break
+    else:
+        raise InputError(f"no Hadamard matrix of size {n} (2^k, 12 * 2^k, 20 * 2^k); use --standardize channel")
+    if q == 1:
+        H = torch.ones(1, 1, dtype=torch.float64)
+    else:  # Paley: H = I + S, S skew-symmetric, built on the quadratic residues modulo q
+        residues = {i * i % q for i in range(1, q)}
+        chi = torch.tensor([0] + [1 if i in residues else -1 for i in range(1, q)], dtype=torch.float64)
+        i = torch.arange(q)
+        S = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+        S[0, 1:], S[1:, 0] = 1, -1
+        S[1:, 1:] = chi[(i[None] - i[:, None]) % q]
+        H = torch.eye(q + 1, dtype=torch.float64) + S
+    while len(H) < n:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return H
+
+
+class Standardizer(nn.Module):
+    """One teacher's tokens of one kind, (..., D) -> (..., D) with mean 0 and comparable scale; frozen buffers.
+
+        y' = R (y - mean) / scale          y = R^T (scale * y') + mean
+
+    "phi-s":   R = H U^T (H: normalised Hadamard matrix; C = U diag(l) U^T: covariance), scale = sqrt(mean(l)), one number.
+               Every channel then has variance exactly 1, without blowing up a near-dead channel or direction.
+    "channel": R = I, scale = each channel's standard deviation.       "none": y' = y.
+    """
+
+    def __init__(self, dim: int, mode: str = "phi-s"):
+        super().__init__()
+        self.mode, self.H = mode, hadamard(dim) / dim**0.5 if mode == "phi-s" else None
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("rotation", torch.eye(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    @torch.no_grad()
+    def set(self, mean: Tensor, covariance: Tensor) -> "Standardizer":
+        """Derive the buffers from a mean (D,) and a covariance (D, D), both float64. InputError on a constant teacher."""
+        variances = covariance.diagonal()
+        if not torch.isfinite(covariance).all() or variances.mean() <= 0:
+            raise InputError("its outputs are constant or not finite: check its weights")
+        if self.mode == "phi-s":
+            _, U = torch.linalg.eigh(covariance)
+            self.rotation.copy_(self.H.to(U) @ U.T)
+            self.scale.fill_(variances.mean().sqrt())  # mean of the eigenvalues = trace / D = mean of the variances
+        elif self.mode == "channel":
+            self.scale.copy_(
+                variances.sqrt().clamp(min=1e-6 * variances.mean().sqrt())
+            )  # a dead channel is not blown up
+        if self.mode != "none":
+            self.mean.copy_(mean)
+        return self
+
+    def forward(self, y: Tensor) -> Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            return (y.float() - self.mean) @ self.rotation.T / self.scale
+
+    def inverse(self, y: Tensor) -> Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            return (y.float() * self.scale) @ self.rotation + self.mean
+
+
+class Standardizers(nn.ModuleDict):
+    """{teacher: {"summary": Standardizer, "patches": Standardizer}}, applied to all teachers' tokens at once."""
+
+    def __init__(self, teacher_dims: dict[str, int], mode: str = "phi-s"):
+        super().__init__()
+        for t, D in teacher_dims.items():
+            self[t] = nn.ModuleDict({kind: Standardizer(D, mode) for kind in ("summary", "patches")})
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[dict[str, Tokens]]) -> None:
+        """Set every standardiser from raw teacher outputs {teacher: tokens}: moments summed in float64, over all batches."""
+        moments = {(t, kind): [0, 0.0, 0.0] for t in self for kind in self[t]}
+        for outputs in batches:
+            for (t, kind), total in moments.items():
+                y = outputs[t][kind].flatten(0, -2)  # (B, D) or (B * N, D)
+                y = (y.cpu() if y.device.type == "mps" else y).double()  # MPS has no float64
+                total[0] += len(y)
+                total[1] = total[1] + y.sum(0)
+                total[2] = total[2] + y.T @ y
+        for (t, kind), (count, first, second) in moments.items():
+            mean = first / count
+            try:
+                self[t][kind].set(mean, second / count - mean.outer(mean))
+            except InputError as error:
+                raise InputError(f"teacher {t}, {kind}: {error}") from None
+
+    def forward(self, outputs: dict[str, Tokens]) -> dict[str, Tokens]:
+        return {t: {kind: self[t][kind](y) for kind, y in tokens.items()} for t, tokens in outputs.items()}
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------------
+
+
+def distillation_loss(
+    adapted: dict[str, Tokens], targets: dict[str, Tokens]
+) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
+    """The sum over teachers of L_{t,m}, for one dim m.
+
+    adapted, targets: {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}, the targets standardised.
+    -> (loss, parts): parts[teacher] holds the mean cosine similarities and the smooth-L1 term, detached, for the log.
+    """
+    loss, parts = 0.0, {}
+    for teacher, y in targets.items():
+        h = adapted[teacher]
+        summary_cos = F.cosine_similarity(h["summary"].float(), y["summary"].float(), dim=-1).mean()
+        patch_cos = F.cosine_similarity(h["patches"].float(), y["patches"].float(), dim=-1).mean()
+        patch_l1 = F.smooth_l1_loss(h["patches"].float(), y["patches"].float())
+        loss = loss + (1 - summary_cos) + 0.9 * (1 - patch_cos) + 0.1 * patch_l1
+        terms = {"summary_cos": summary_cos, "patch_cos": patch_cos, "patch_l1": patch_l1}
+        parts[teacher] = {name: term.detach() for name, term in terms.items()}
+    return loss, parts
+
+
+def nested_loss(student: nn.Module, tokens: Tokens, targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
+    """L = sum over nested dims m and teachers t of L_{t,m}: every prefix of the embedding has to do the whole job.
+
+    tokens: the student's {"summary": (B, D), "patches": (B, N, D)}. -> (loss, {m: parts of distillation_loss at m}).
+    """
+    loss, parts = 0.0, {}
+    for m in student.nested_dims:
+        loss_m, parts[m] = distillation_loss(student.adapt(tokens, m), targets)
+        loss = loss + loss_m  # w_m = 1
+    return loss, parts

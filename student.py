@@ -1,0 +1,211 @@
+"""The student: one hand-written ViT, adaptor heads, and the cut to the first m channels.
+
+Place in the data flow:  data.py -> [ student.py ] and teachers.py -> losses.py -> train.py -> evaluate.py
+
+    tokens  = LayerNorm(ViT(image))              one summary (CLS) and N patch tokens, width D
+    z[:m]   = the first m channels of a token    `truncate`, for every m in nested_dims (the last one is D)
+    h_{t,m} = adaptor head of teacher t at m     Linear(m, D), LayerNorm, GELU, Linear(D, D_t); one for the summary, one for the patches
+
+`VisionTransformer` serves the students and every teacher. Its parameters are named as in timm's VisionTransformer, so weights
+go both ways without a key map. Sources: ViT (arXiv 2010.11929), registers (2309.16588), Matryoshka representation learning
+(2205.13147), adaptor heads as in RADIO (2312.06709). The layers of the head are our choice, not checked against the paper's
+method section.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of the students' input, as of timm's DINOv2 ViTs
+
+SHARED = {"img_size": 224, "patch_size": 14, "depth": 12, "registers": 4, "pos_on_prefix": False}
+TOY = {"img_size": 64, "patch_size": 8, "depth": 5, "registers": 1, "pos_on_prefix": False}
+STUDENTS = {
+    "vit_b": {**SHARED, "width": 768, "heads": 12, "mlp_width": 3072},  # 85.7 M parameters
+    "vit_s": {**SHARED, "width": 384, "heads": 6, "mlp_width": 1536},  # 21.6 M
+    "toy": {**TOY, "width": 48, "heads": 3, "mlp_width": 192},  # 0.154 M, for a CPU
+}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the rows of `qkv` are all queries, then all keys, then all values."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        B, T, D = x.shape
+        q, k, v = (
+            self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        )  # each (B, heads, T, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Mlp(nn.Module):
+    """GELU MLP or SwiGLU. `mlp_width` counts the rows of fc1; SwiGLU halves them, the first half being the gate."""
+
+    def __init__(self, width: int, mlp_width: int, swiglu: bool):
+        super().__init__()
+        self.swiglu = swiglu
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width // 2 if swiglu else mlp_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.swiglu:
+            gate, x = x.chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * x)
+        return self.fc2(F.gelu(x))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        # DINOv2 starts at 1e-5 for stability over 10^5 steps; a short distillation would spend its budget on leaving that.
+        self.gamma = nn.Parameter(torch.full((width,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, swiglu: bool, layer_scale: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, mlp_width, swiglu)
+        self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class VisionTransformer(nn.Module):
+    """A plain ViT without a classification head.
+
+    img_size, patch_size: pixels; width: D; mlp_width: rows of fc1; registers: extra tokens after CLS.
+    pos_on_prefix: whether pos_embed has rows for CLS and registers too (UNI, Virchow2) or for the patches only (DINOv2 reg4).
+    forward: normalised images (B, 3, img_size, img_size) -> tokens after the final norm (B, 1 + registers + N, D), in the
+    order CLS, registers, patches (row by row). Raises ValueError on images of another size.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_width: int,
+        swiglu: bool = False,
+        layer_scale: bool = True,
+        registers: int = 0,
+        pos_on_prefix: bool = True,
+    ):
+        super().__init__()
+        self.img_size, self.width, self.registers, self.pos_on_prefix = img_size, width, registers, pos_on_prefix
+        self.grid = img_size // patch_size  # patches a side
+        prefix = 1 + registers
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, registers, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + prefix * pos_on_prefix, width))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, stride=patch_size)})
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, swiglu, layer_scale) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(init_weights)
+        for token in [self.cls_token, self.pos_embed] + ([self.reg_token] if registers else []):
+            nn.init.trunc_normal_(token, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, _, H, W = x.shape
+        if (H, W) != (self.img_size, self.img_size):
+            raise ValueError(f"images of {H} x {W} px given to a ViT for {self.img_size} x {self.img_size} px")
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B, N, D)
+        prefix = torch.cat([self.cls_token, self.reg_token], 1) if self.registers else self.cls_token
+        prefix = prefix.expand(B, -1, -1)  # (B, 1 + registers, D)
+        if self.pos_on_prefix:
+            x = torch.cat([prefix, x], 1) + self.pos_embed
+        else:
+            x = torch.cat([prefix, x + self.pos_embed], 1)  # (B, 1 + registers + N, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def split(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Tokens (B, 1 + registers + N, D) -> {"summary": CLS (B, D), "patches": (B, N, D)}; registers are left out."""
+        return {"summary": tokens[:, 0], "patches": tokens[:, 1 + self.registers :]}
+
+
+def init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Images (B, 3, H, W), uint8 or float in [0, 1], -> zero-mean floats. mean, std: (3, 1, 1), each model's own."""
+    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return (images - mean) / std
+
+
+def truncate(tokens: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
+    """Cut every token to its first `dim` channels: z -> z[:m]. The one place where an embedding is cut."""
+    return {kind: z[..., :dim] for kind, z in tokens.items()}
+
+
+def adaptor_head(dim: int, hidden: int, teacher_dim: int) -> nn.Module:
+    """h_{t,m}: (..., dim) -> (..., teacher_dim)."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, teacher_dim))
+
+
+class Student(nn.Module):
+    """A ViT backbone with two adaptor heads (summary, patches) for every teacher at every nested dim.
+
+    arch: a name in STUDENTS or a dict of VisionTransformer arguments; teacher_dims: {teacher: D_t}; nested_dims: channels, each at
+    most D; D itself is always added. The heads serve training alone: what is kept and used afterwards is `backbone`.
+    """
+
+    def __init__(self, arch: str | dict, teacher_dims: dict[str, int], nested_dims: list[int]):
+        super().__init__()
+        self.backbone = VisionTransformer(**(STUDENTS[arch] if isinstance(arch, str) else arch))
+        D = self.backbone.width
+        self.nested_dims = sorted({*nested_dims, D})
+        if self.nested_dims[0] < 1 or self.nested_dims[-1] > D:
+            raise ValueError(
+                f"nested dims {self.nested_dims} do not fit a student of width {D}: each must be from 1 to {D}"
+            )
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+        self.register_buffer("mean", mean, persistent=False)  # not in the state dict: timm keeps them in its config too
+        self.register_buffer("std", std, persistent=False)
+        self.adaptors = nn.ModuleDict()
+        for teacher, teacher_dim in teacher_dims.items():
+            self.adaptors[teacher] = nn.ModuleDict()
+            for m in self.nested_dims:
+                heads = {kind: adaptor_head(m, D, teacher_dim) for kind in ("summary", "patches")}
+                self.adaptors[teacher][str(m)] = nn.ModuleDict(heads)
+        self.adaptors.apply(init_weights)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, img_size, img_size), uint8 or float in [0, 1] -> {"summary": (B, D), "patches": (B, N, D)}."""
+        return self.backbone.split(self.backbone(normalise(images, self.mean, self.std)))
+
+    def adapt(self, tokens: dict[str, Tensor], dim: int) -> dict[str, dict[str, Tensor]]:
+        """What each teacher is predicted to say, from the first `dim` channels alone; dim must be one of nested_dims.
+
+        -> {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}
+        """
+        z = truncate(tokens, dim)
+        return {
+            teacher: {kind: head(z[kind]) for kind, head in heads[str(dim)].items()}
+            for teacher, heads in self.adaptors.items()
+        }

@@ -1,0 +1,52 @@
+"""Shared by all tests: the repo on the path, a missing oracle that says so, tiny offline teachers, tiny folders of tiles."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+
+
+def oracle(name: str):
+    """A library that tests compare with. Missing: the test skips and says so; on CI (CI=true) it fails."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        message = f"oracle {name} is missing: pip install -r requirements-test.txt"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter random and far from its initial value, so that an unused or swapped one shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.05 if p.ndim > 1 else 0.3) + (p.ndim == 1) * 0.5)
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def weights_dir(tmp_path_factory) -> Path:
+    """Where the tiny offline teachers of this session (--teacher-steps 2) are kept."""
+    return tmp_path_factory.mktemp("weights")
+
+
+def write_tiles(folder: Path, n: int, size: tuple[int, int] = (96, 80), suffix: str = "png") -> list[Path]:
+    """n images of noise whose first pixel tells which they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        paths.append(folder / f"tile_{i:03d}.{suffix}")
+        Image.fromarray(pixels).save(paths[-1])
+    return paths

@@ -1,0 +1,181 @@
+"""The loss against a plain triple loop, the standardiser against numpy in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise
+
+from data import InputError
+from losses import Standardizer, Standardizers, distillation_loss, hadamard, nested_loss
+from student import Student, truncate
+
+TEACHERS = {"a": 24, "b": 40}
+DIMS = [2, 8, 48]
+
+
+def random_tokens(B, N, D, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "summary": torch.randn(B, D, generator=generator) + 0.5,
+        "patches": torch.randn(B, N, D, generator=generator) - 0.2,
+    }
+
+
+@pytest.fixture
+def student():
+    return randomise(Student("toy", TEACHERS, DIMS))
+
+
+@pytest.fixture
+def targets():
+    return {t: random_tokens(3, 5, D, seed) for seed, (t, D) in enumerate(TEACHERS.items(), 1)}
+
+
+def plain_loss(student, tokens, targets):
+    """Teachers, dims, tokens: one number at a time, straight from DESIGN's equation."""
+
+    def cosine(a, b):
+        return sum(x * y for x, y in zip(a, b)) / (math.hypot(*map(float, a)) * math.hypot(*map(float, b)))
+
+    def cosine_term(h, y):  # mean over rows of 1 - cos, differentiable
+        rows = [1 - (a * b).sum() / (a.pow(2).sum().sqrt() * b.pow(2).sum().sqrt()) for a, b in zip(h, y)]
+        assert abs(float(rows[0].detach()) - (1 - float(cosine(h[0].detach(), y[0])))) < 1e-5
+        return sum(rows) / len(rows)
+
+    def smooth_l1(h, y):
+        d = (h - y).abs()
+        return torch.where(d < 1, 0.5 * d * d, d - 0.5).sum() / d.numel()
+
+    total = 0.0
+    for m in (2, 8, 48):
+        for t in targets:
+            heads = student.adaptors[t][str(m)]
+            summary = heads["summary"](tokens["summary"][:, :m])
+            patches = heads["patches"](tokens["patches"][:, :, :m]).flatten(0, 1)
+            y = targets[t]["patches"].flatten(0, 1)
+            total = total + cosine_term(summary, targets[t]["summary"])
+            total = total + 0.9 * cosine_term(patches, y) + 0.1 * smooth_l1(patches, y)
+    return total
+
+
+def test_nested_loss_equals_the_plain_loop_in_value_and_gradient(student, targets):
+    grads = []
+    for loss_of in (lambda z: nested_loss(student, z, targets)[0], lambda z: plain_loss(student, z, targets)):
+        z = {kind: value.requires_grad_() for kind, value in random_tokens(3, 5, 48, 7).items()}
+        student.zero_grad()
+        loss = loss_of(z)
+        loss.backward()
+        grads.append(
+            [loss.detach(), z["summary"].grad, z["patches"].grad, *(p.grad for p in student.adaptors.parameters())]
+        )
+    assert all(g is not None and g.abs().sum() > 0 for g in grads[0])
+    for ours, plain in zip(*grads):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("m", DIMS)
+def test_channels_from_m_on_get_no_gradient_from_dim_m(student, targets, m):
+    z = {kind: value.requires_grad_() for kind, value in random_tokens(3, 5, 48, 7).items()}
+    distillation_loss(student.adapt(z, m), targets)[0].backward()
+    for value in z.values():
+        assert value.grad[..., :m].abs().min() > 0
+        assert m == 48 or value.grad[..., m:].abs().max() == 0
+
+
+def test_truncate_is_the_prefix_of_every_token():
+    z = random_tokens(2, 3, 48, 0)
+    assert torch.equal(truncate(z, 8)["summary"], z["summary"][:, :8])
+    assert torch.equal(truncate(z, 8)["patches"], z["patches"][:, :, :8])
+
+
+def test_parts_are_detached_means_and_a_perfect_prediction_costs_nothing(targets):
+    loss, parts = distillation_loss(targets, targets)
+    assert abs(float(loss)) < 1e-5
+    for t in TEACHERS:
+        assert float(parts[t]["summary_cos"]) == pytest.approx(1, abs=1e-5)
+        assert float(parts[t]["patch_l1"]) == 0
+        assert not any(value.requires_grad for value in parts[t].values())
+
+
+def test_the_loss_is_float32_under_autocast(student, targets):
+    z = random_tokens(3, 5, 48, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted = student.adapt(z, 48)
+        assert adapted["a"]["summary"].dtype == torch.bfloat16  # else this test shows nothing
+        loss, parts = nested_loss(student, z, targets)
+    assert loss.dtype == torch.float32 and parts[48]["a"]["patch_cos"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 20, 48, 128, 384, 768, 1024, 1280, 1536])
+def test_hadamard(n):
+    H = hadamard(n)
+    assert set(H.unique().tolist()) <= {-1.0, 1.0}
+    assert torch.equal(H @ H.T, n * torch.eye(n, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", [3, 36, 100, 1000])
+def test_hadamard_refuses_other_sizes_and_names_the_way_out(n):
+    with pytest.raises(InputError, match="--standardize channel"):
+        hadamard(n)
+
+
+def correlated(n, D, seed=0):
+    rng = np.random.default_rng(seed)
+    scales = 10.0 ** rng.uniform(-3, 2, D)  # near-dead and dominant channels
+    return rng.standard_normal((n, D)) @ (rng.standard_normal((D, D)) * scales) + 5 * rng.standard_normal(D)
+
+
+@pytest.mark.parametrize("D", [48, 40])
+@pytest.mark.parametrize("mode", ["phi-s", "channel", "none"])
+def test_standardizer_against_numpy(mode, D):
+    y = correlated(4000, D)
+    mean, covariance = y.mean(0), np.cov(y.T, bias=True)
+    ours = Standardizer(D, mode).set(torch.from_numpy(mean), torch.from_numpy(covariance))
+    got = ours(torch.from_numpy(y)).double().numpy()
+    if mode == "phi-s":
+        eigenvalues, U = (part.numpy() for part in torch.linalg.eigh(torch.from_numpy(covariance)))
+        H = hadamard(D).numpy() / math.sqrt(D)
+        expected = (y - mean) @ (H @ U.T).T / math.sqrt(eigenvalues.mean())
+        np.testing.assert_allclose(expected.var(0), 1, rtol=1e-6)  # the promise of PHI-S, in float64
+    elif mode == "channel":
+        expected = (y - mean) / np.sqrt(np.diag(covariance))
+    else:
+        expected = y
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, atol=2e-5 * scale)
+    if mode != "none":
+        np.testing.assert_allclose(got.mean(0), 0, atol=1e-4)
+        np.testing.assert_allclose(got.var(0), 1, rtol=1e-3)
+    back = ours.inverse(ours(torch.from_numpy(y))).double().numpy()
+    np.testing.assert_allclose(back, y, atol=1e-5 * np.abs(y).max())
+
+
+def test_measure_sums_moments_over_batches_and_keeps_summary_and_patches_apart():
+    batches = [{t: random_tokens(n, 6, D, n) for t, D in (("a", 48), ("b", 40))} for n in (3, 64, 65)]
+    for batch in batches:
+        batch["a"]["patches"] = batch["a"]["patches"] * 100 + 3
+    standardizers = Standardizers({"a": 48, "b": 40}, "phi-s")
+    standardizers.measure(batches)
+    for t in ("a", "b"):
+        for kind in ("summary", "patches"):
+            every = torch.cat([standardizers(batch)[t][kind].flatten(0, -2) for batch in batches])
+            torch.testing.assert_close(every.mean(0), torch.zeros(every.shape[1]), atol=1e-4, rtol=0)
+            torch.testing.assert_close(every.var(0, unbiased=False), torch.ones(every.shape[1]), atol=1e-3, rtol=0)
+
+
+def test_standardizer_is_float32_under_autocast_and_frozen():
+    standardizer = Standardizer(48).set(torch.zeros(48).double(), torch.eye(48).double() * 4)
+    y = torch.randn(5, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = standardizer(y)
+    assert got.dtype == torch.float32 and torch.equal(got, standardizer(y))
+    assert not list(standardizer.parameters()) and set(standardizer.state_dict()) == {"mean", "rotation", "scale"}
+
+
+def test_a_constant_teacher_is_refused_by_name():
+    standardizers = Standardizers({"a": 48})
+    constant = {"a": {"summary": torch.ones(4, 48), "patches": torch.ones(4, 3, 48)}}
+    with pytest.raises(InputError, match="teacher a, summary"):
+        standardizers.measure([constant])

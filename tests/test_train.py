@@ -1,0 +1,311 @@
+"""The loop: resuming, processes and accumulation change nothing; bad input ends in one line; the student loads into timm."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, oracle, write_tiles
+from test_student import timm_twin
+from test_teachers import published_file, shallow  # noqa: F401 - a fixture
+
+import data
+import evaluate
+import train
+from data import InputError
+from student import STUDENTS, Student
+
+TINY = ["--teacher-steps", "2", "--batch-size", "8", "--device", "cpu", "--dims", "4,16", "--stats-tiles", "16"]
+
+
+@pytest.fixture(autouse=True)
+def small_evaluation(monkeypatch):
+    monkeypatch.setattr(evaluate, "BANK", 32)
+    monkeypatch.setattr(evaluate, "TEST", 32)
+
+
+@pytest.fixture
+def run(weights_dir):
+    def run(*argv):
+        train.train(train.parse_args([*map(str, argv), "--weights-dir", str(weights_dir)]))
+
+    return run
+
+
+def script(*argv, cwd=None, processes=1, **environment):
+    """The real command line: a subprocess with one compute thread, like torchrun's."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [*launcher, str(ROOT / argv[0]), *map(str, argv[1:])]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def checkpoint(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def assert_same(a, b, **tolerance):
+    """Every tensor of two checkpoints: student and heads, standardisers, optimiser."""
+    assert a["step"] == b["step"]
+    for part in ("student", "standardizers"):
+        assert a[part].keys() == b[part].keys()
+        for key in a[part]:
+            torch.testing.assert_close(a[part][key], b[part][key], **(tolerance or {"rtol": 0, "atol": 0}))
+    if not tolerance:
+        for key, state in a["optimizer"]["state"].items():
+            assert all(torch.equal(value, b["optimizer"]["state"][key][name]) for name, value in state.items())
+
+
+@pytest.fixture
+def tiles(tmp_path):
+    write_tiles(tmp_path / "tiles", 12)
+    return tmp_path / "tiles"
+
+
+@pytest.mark.parametrize("source", ["demo", "folder"])
+def test_ten_steps_equal_five_resume_five(tmp_path, run, tiles, source):
+    flags = [*TINY, "--steps", 10, *(["--data", tiles] if source == "folder" else [])]
+    run(*flags, "--out", tmp_path / "straight")
+    run(*flags, "--out", tmp_path / "halves", "--stop-at", 5)
+    assert checkpoint(tmp_path / "halves")["step"] == 5
+    run("--resume", tmp_path / "halves", "--workers", 2 if source == "folder" else 0)
+    assert_same(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "halves"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "halves" / "log.jsonl").read_text().splitlines()]
+    assert steps == [5, 10]
+
+
+def test_killed_and_resumed_equals_undisturbed(tmp_path, run, weights_dir):
+    flags = [*TINY, "--steps", 60, "--stop-at", 59, "--save-every", 7, "--log-every", 1, "--weights-dir", weights_dir]
+    run(*flags[:-2], "--out", tmp_path / "warm", "--stop-at", 1)  # the offline teachers are there
+    assert script("train.py", *flags, "--out", tmp_path / "straight").returncode == 0
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, flags), "--out", killed],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step 20/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < checkpoint(killed)["step"] < 59 and checkpoint(killed)["step"] % 7 == 0
+    result = script("train.py", "--resume", killed, "--stop-at", 59)
+    assert result.returncode == 0, result.stderr
+    assert_same(checkpoint(tmp_path / "straight"), checkpoint(killed))
+
+
+@pytest.mark.parametrize("source", ["demo", "folder"])
+def test_two_processes_with_accumulation_equal_one(tmp_path, weights_dir, tiles, source):
+    flags = [*TINY, "--steps", 6, "--stop-at", 5, "--lr", 1e-3, "--weights-dir", weights_dir]
+    flags += ["--data", tiles] if source == "folder" else []
+    for name, processes, accumulate in (("one", 1, 1), ("two", 2, 2)):
+        result = script("train.py", *flags, "--out", tmp_path / name, "--accumulate", accumulate, processes=processes)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("step 5/6") == 1  # process 0 alone speaks
+    # AdamW divides by the root of a gradient that may be nearly zero, so sums in another order show in the weights
+    assert_same(checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two"), rtol=1e-3, atol=1e-4)
+    fresh = Student("toy", {"toy_cells": 128, "toy_tissue": 128}, [4, 16]).state_dict()
+    moved = checkpoint(tmp_path / "one")["student"]["backbone.norm.weight"] - fresh["backbone.norm.weight"]
+    assert moved.abs().max() > 1e-3  # the tolerance is far below what five steps change
+
+
+def test_log_and_student_file(tmp_path, run, capsys):
+    run(*TINY, "--steps", 4, "--log-every", 2, "--out", tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert set(lines[0]) == {"step", "loss", "lr", "tiles_per_s", "cosines"}
+    for t in ("toy_cells", "toy_tissue"):
+        for key in ("summary_cos", "patch_cos"):
+            assert set(lines[0]["cosines"][f"{t}/{key}"]) == {"48", "4"}
+    printed = capsys.readouterr().out
+    assert "ETA" in printed and "licence Apache-2.0" in printed and "% smaller" in printed
+    config = torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]
+    assert config["nested_dims"] == [4, 16, 48] and set(config["teachers"]) == {"toy_cells", "toy_tissue"}
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_finished_run_says_so(tmp_path, run, capsys):
+    run(*TINY, "--steps", 2, "--out", tmp_path / "run")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    run("--resume", tmp_path / "run")
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_resume_keeps_its_arguments_and_its_tiles(tmp_path, run, tiles):
+    run(*TINY, "--steps", 3, "--stop-at", 1, "--data", tiles, "--out", tmp_path / "run")
+    for flag, value in (("--lr", 1), ("--steps", 9), ("--teachers", "toy_cells"), ("--seed", 4), ("--dims", "2")):
+        with pytest.raises(InputError, match=f"{flag}: this run has"):
+            run("--resume", tmp_path / "run", flag, value)
+    write_tiles(tiles / "more", 1)
+    with pytest.raises(InputError, match="--data: .* does not hold the tiles"):
+        run("--resume", tmp_path / "run")
+    (tiles / "more" / "tile_000.png").unlink()
+    tiles.rename(tmp_path / "moved")
+    run("--resume", tmp_path / "run", "--data", tmp_path / "moved")
+    assert checkpoint(tmp_path / "run")["step"] == 3
+
+
+def test_a_run_is_never_overwritten(tmp_path, run):
+    run(*TINY, "--steps", 1, "--out", tmp_path / "run")
+    (tmp_path / "run-2").mkdir()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(InputError, match=rf"--resume {tmp_path}/run, or begin another with --out {tmp_path}/run-3"):
+        run(*TINY, "--steps", 1, "--out", tmp_path / "run")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, run):
+    with pytest.raises(InputError, match=r"--lr: loss not finite at step [23]; .*last.pt keeps"):
+        run(*TINY, "--steps", 5, "--lr", 1e30, "--out", tmp_path / "run")
+    kept = checkpoint(tmp_path / "run")
+    assert kept["step"] == 0 and all(torch.isfinite(value).all() for value in kept["student"].values())
+
+
+BAD = {
+    "--teachers unii": "--teachers: no teacher is called 'unii'",
+    "--teachers ,": "--teachers",
+    "--student vit_x": "--student",
+    "--student toy --teachers uni": "--student toy",
+    "--dims 4,x": "--dims",
+    "--dims 0": "--dims",
+    "--dims 96": "--dims: 96 is above the width of toy",
+    "--dims 1000 --student vit_b": "--dims: 1000 is above",
+    "--steps 0": "--steps",
+    "--steps 1e3": "--steps",
+    "--batch-size -1": "--batch-size",
+    "--batch-size 10 --accumulate 4": "--batch-size",
+    "--lr nan": "--lr",
+    "--lr -1": "--lr",
+    "--seed -1": "--seed",
+    "--precision fp16 --device cpu": "--precision fp16",
+    "--device gpu": "--device",
+    "--data nowhere": "--data: nowhere is not a folder",
+    "--resume nowhere": "--resume: nowhere/last.pt",
+    "--stats-tiles 1": "--stats-tiles",
+    "--standardize pca": "--standardize",
+    "--step 5": "--step",  # no abbreviations: --step is neither --steps nor --stop-at
+    "--teachers uni,virchow": "no weights for uni: request access to MahmoodLab/UNI",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.run_main(lambda: train.train(train.parse_args(line.split())))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and BAD[line] in message and message.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # nothing was made
+
+
+def test_an_empty_folder_and_a_missing_run_on_the_real_command_line(tmp_path):
+    for argv, expected in (
+        (["train.py", "--data", tmp_path, "--device", "cpu"], "train.py: --data: no images"),
+        (["evaluate.py", tmp_path / "x"], f"evaluate.py: {tmp_path}/x does not exist"),
+    ):
+        result = script(*argv, cwd=tmp_path)
+        assert result.returncode == 2 and result.stderr.startswith(expected) and result.stderr.count("\n") == 1
+
+
+def test_unreadable_tiles_end_the_run_by_name(tmp_path, run, tiles):
+    (tiles / "broken.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"--data: over 1 % of 13 tiles .*broken\.png"):
+        run(*TINY, "--steps", 2, "--data", tiles, "--out", tmp_path / "run")
+
+
+def test_small_tiles_get_one_warning_that_counts_them(tmp_path, run, tiles, capsys):
+    write_tiles(tiles / "small", 3, (50, 50))
+    run(*TINY, "--steps", 1, "--data", tiles, "--out", tmp_path / "run")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "smaller" in line]
+    assert warnings == ["warning: 3 of 15 tiles are smaller than 64 px and get enlarged"]
+
+
+def test_vit_s_from_the_loop_loads_into_timm_at_every_dim(tmp_path, run, tiles):
+    timm = oracle("timm")
+    flags = ["--student", "vit_s", "--dims", "96", "--batch-size", 2, "--steps", 1, "--data", tiles]
+    run(*TINY[:2], *flags, "--stats-tiles", 2, "--device", "cpu", "--out", tmp_path / "run")
+    content = torch.load(tmp_path / "run" / "student.pt", weights_only=True)
+    images = torch.rand(2, 3, 224, 224)
+    student, _ = evaluate.load_student(tmp_path / "run")
+    with torch.no_grad():
+        z = student(images)["summary"]
+        normalised = (images - student.mean) / student.std
+        for m in (384, 96):
+            for key in ("norm.weight", "norm.bias"):  # cut to m: the norm's channels from m on are zeroed
+                content["state_dict"][key][m:] = 0
+            torch.save(content, tmp_path / "cut.pt")
+            settings = {"img_size": 224, "num_classes": 0, "checkpoint_path": str(tmp_path / "cut.pt")}
+            loaded = timm.create_model("vit_small_patch14_reg4_dinov2", **settings).eval()
+            got = loaded(normalised)
+            torch.testing.assert_close(got[:, :m], z[:, :m], rtol=1e-4, atol=1e-5)
+            assert m == 384 or got[:, m:].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_students_state_dict_loads_into_timm(name):
+    timm_twin(STUDENTS[name]).load_state_dict(Student(name, {}, []).backbone.state_dict(), strict=True)
+
+
+def test_published_teachers_shallow_end_to_end(tmp_path, shallow, tiles, capsys):  # noqa: F811 - a fixture
+    for name, suffix in (("uni", "bin"), ("virchow", "safetensors")):
+        published_file(name, tmp_path, suffix)
+    flags = ["--teachers", "uni,virchow", "--student", "vit_s", "--steps", 2, "--batch-size", 2, "--data", tiles]
+    flags += [
+        "--stats-tiles",
+        2,
+        "--log-every",
+        1,
+        "--device",
+        "cpu",
+        "--weights-dir",
+        tmp_path,
+        "--out",
+        tmp_path / "run",
+    ]
+    train.train(train.parse_args(list(map(str, flags))))
+    printed = capsys.readouterr().out
+    assert "grid 14" in printed and "grid 16" in printed and "licence CC-BY-NC-ND-4.0" in printed
+    assert "step 2/2" in printed and "virchow summary" in printed
+    assert (
+        torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]["teachers"]["virchow"] == "Apache-2.0"
+    )
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    data.save_atomically({"step": 1}, tmp_path / "last.pt")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match="last.pt: .*No space left"):
+        data.save_atomically({"step": 2}, tmp_path / "last.pt")
+    assert torch.load(tmp_path / "last.pt", weights_only=True) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_schedule_and_weight_decay():
+    rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and max(rates) == 1 and rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] < 0.01 and train.learning_rate(0, 1, 1.0) == 1
+    student = Student("toy", {"a": 24}, [4])
+    names = {id(p): name for name, p in student.named_parameters()}
+    decay, keep = ({names[id(p)] for p in group["params"]} for group in train.parameter_groups(student))
+    assert decay | keep == set(names.values()) and not decay & keep
+    assert all(name.endswith("weight") and "norm" not in name for name in decay)
+    assert {"backbone.pos_embed", "backbone.cls_token", "backbone.reg_token", "backbone.norm.weight"} <= keep
+    assert "adaptors.a.4.summary.1.weight" in keep and "adaptors.a.4.summary.0.weight" in decay
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_cuda_amp(tmp_path, run, precision):
+    flags = ["--teacher-steps", 2, "--batch-size", 8, "--precision", precision, "--steps", 10]
+    run(*flags, "--out", tmp_path / "run", "--stop-at", 5)
+    run("--resume", tmp_path / "run")
+    assert checkpoint(tmp_path / "run")["step"] == 10

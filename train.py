@@ -1,0 +1,349 @@
+"""Train one small student on several frozen teachers, at every nested dim at once.
+
+    python train.py                                       the offline demo: synthetic tissue, two offline teachers, CPU, minutes
+    python train.py --data tiles/                         the same teachers on your own tiles
+    python train.py --teachers uni,virchow --data tiles/  published teachers; says how to get the weights if they are missing
+    torchrun --nproc-per-node 8 train.py ...              the same script on many GPUs
+    python train.py --resume runs/demo                    go on where a run stopped
+
+Place in the data flow:  data.py -> student.py and teachers.py -> losses.py -> [ train.py ] -> evaluate.py
+
+One step: tiles -> frozen teachers -> standardised targets -> student -> nested loss -> backward, clip, AdamW. A run folder
+holds last.pt (all that a resume needs), student.pt (the backbone alone, loads into timm) and log.jsonl. Optimiser, schedule
+and sizes are our choice, not checked against the paper's method section; vit_b and vit_s defaults were not trained out here.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import evaluate
+from data import InputError, progress
+from evaluate import OneLineParser, at_least, dim_list, name_list, run_main
+from losses import Standardizers, nested_loss
+from student import STUDENTS, Student
+from teachers import OFFLINE, TEACHERS, check_names, choose_device, find_weights, load_strictly, load_teacher
+
+from teachers import read_weights  # isort: skip
+
+VIT = {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "save_every": 1000}
+DEFAULTS = {
+    "toy": {"dims": [2, 4, 8, 16, 48], "steps": 2000, "batch_size": 32, "lr": 5e-3, "save_every": 250},
+    "vit_s": {"dims": [24, 48, 96, 192, 384], **VIT},
+    "vit_b": {"dims": [48, 96, 192, 384, 768], **VIT},
+}
+WEIGHT_DECAY, BETAS, CLIP, WARMUP = 0.05, (0.9, 0.95), 1.0, 0.04  # warmup: share of the steps
+DEMO_TILES = 8192
+MAY_CHANGE = {"workers", "device", "data", "weights_dir", "save_every", "log_every", "stop_at"}  # on --resume
+
+
+class Distiller(nn.Module):
+    """Student and loss in one forward: what DDP wraps and --compile compiles."""
+
+    def __init__(self, student: Student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, images: Tensor, targets: dict) -> tuple[Tensor, dict]:
+        return nested_loss(self.student, self.student(images), targets)
+
+
+# ---- flags -------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags over a resumed run's stored arguments over the defaults. InputError on what does not fit together."""
+    parser = OneLineParser("train.py", __doc__)
+    add, count, offline = parser.add_argument, at_least(1), ",".join(OFFLINE)
+    add("--teachers", type=name_list, help=f"comma-separated, of {', '.join(TEACHERS)} (default: {offline})")
+    add("--student", choices=STUDENTS, help="(default: toy with offline teachers alone, otherwise vit_b)")
+    add("--dims", type=dim_list, help="nested dims; the student's width is always one of them (default: by student)")
+    add("--data", help="a folder tree of tiles (png, jpg, tif, bmp, webp); without it synthetic tissue is drawn")
+    add("--steps", type=count, help="optimiser steps; fixes the schedule (default: by student)")
+    add("--stop-at", type=count, help="stop after this step with a checkpoint; the schedule stays that of --steps")
+    add("--batch-size", type=count, help="tiles in one optimiser step, over all processes (default: by student)")
+    add("--accumulate", type=count, help="passes to split a step into, when memory is short (default: 1)")
+    add("--lr", type=float, help="peak learning rate; lower it if the loss is not finite (default: by student)")
+    add("--seed", type=at_least(0), help="of student, order of tiles and synthetic tissue (default: 0)")
+    add("--out", help="run folder (default: runs/demo with offline teachers, otherwise runs/TEACHERS-STUDENT)")
+    add("--resume", metavar="DIR", help="go on with this run; its arguments are restored")
+    add("--standardize", choices=["phi-s", "channel", "none"], help="how targets are normalised (default: phi-s)")
+    add(
+        "--stats-tiles", type=at_least(2), help="to measure targets on (default: 1024; on a CPU with published ones 64)"
+    )
+    add("--teacher-steps", type=count, help="training of the offline teachers (default: 500)")
+    add("--teacher-seed", type=at_least(0), help="of the offline teachers (default: 0)")
+    add("--weights-dir", help="where teachers' weights are looked for and kept (default: weights)")
+    add("--workers", type=at_least(0), help="processes that read tiles (default: 8 for each GPU, 0 on a CPU)")
+    add(
+        "--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: auto: bf16 or fp16 on CUDA, else fp32)"
+    )
+    add("--device", help="cuda, mps or cpu (default: the best at hand)")
+    add("--compile", action="store_true", default=None, help="torch.compile student and loss; for long GPU runs")
+    add("--save-every", type=count, help="steps between checkpoints (default: by student)")
+    add("--log-every", type=count, help="steps between log lines (default: 50)")
+    given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+
+    if folder := given.pop("resume", None):
+        if not (Path(folder) / "last.pt").exists():
+            raise InputError(f"--resume: {folder}/last.pt does not exist; give the folder of a run")
+        stored = read_weights(Path(folder) / "last.pt")["args"]
+        for key, value in given.items():
+            if key not in MAY_CHANGE and value != stored[key]:
+                flag = key.replace("_", "-")
+                raise InputError(f"--{flag}: this run has {stored[key]}; leave the flag out, or begin anew with --out")
+        return argparse.Namespace(**{**stored, **given, "out": folder, "resume": True})
+
+    args = {"teachers": OFFLINE, "data": None, "stop_at": None, "accumulate": 1, "seed": 0, "standardize": "phi-s"}
+    args |= {"stats_tiles": None, "teacher_steps": 500, "teacher_seed": 0, "weights_dir": "weights", "workers": None}
+    args |= {"precision": "auto", "device": None, "compile": False, "log_every": 50, "resume": False, **given}
+    check_names(args["teachers"])
+    published = [name for name in args["teachers"] if name not in OFFLINE]
+    args.setdefault("student", "vit_b" if published else "toy")
+    args.setdefault("out", f"runs/{'-'.join(args['teachers'])}-{args['student']}" if published else "runs/demo")
+    args = {**DEFAULTS[args["student"]], **args}
+    width = STUDENTS[args["student"]]["width"]
+    args["dims"] = sorted({*args["dims"], width})
+    if published and args["student"] == "toy":
+        raise InputError(f"--student toy is for offline teachers alone, not for {published[0]}; use vit_b or vit_s")
+    if args["dims"][-1] > width:
+        raise InputError(f"--dims: {args['dims'][-1]} is above the width of {args['student']}; give dims up to {width}")
+    if not 0 < args["lr"] < math.inf:
+        raise InputError(f"--lr: {args['lr']} is not a positive number")
+    out = args["out"]
+    if any((Path(out) / name).exists() for name in ("last.pt", "student.pt", "log.jsonl")):
+        free = next(f"{out}-{i}" for i in range(2, 10**6) if not Path(f"{out}-{i}").exists())
+        raise InputError(f"--out: {out} holds a run; go on with --resume {out}, or begin another with --out {free}")
+    return argparse.Namespace(**args)
+
+
+# ---- what a run is made of ---------------------------------------------------------------------------------------------
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(f"--precision fp16 needs CUDA; use fp32 or bf16 on {device.type}")
+    if precision == "auto" and device.type == "cuda":  # T4 and V100 emulate bf16, slowly
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def parameter_groups(student: nn.Module) -> list[dict]:
+    """No weight decay on biases, norms, LayerScale, tokens and position embeddings."""
+    decay, keep = [], []
+    for name, p in student.named_parameters():
+        (keep if p.ndim < 2 or name.endswith(("cls_token", "reg_token", "pos_embed")) else decay).append(p)
+    return [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": keep, "weight_decay": 0.0}]
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warmup, then a cosine to zero; step counts from 0."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def say(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+def count(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.3f} M parameters"
+
+
+def cache_outputs(images: Tensor, teach) -> dict[str, dict[str, Tensor]]:
+    """Teachers' outputs in fp16 for images (n, 3, H, W): {teacher: {"summary": (n, D_t), "patches": (n, N, D_t)}}."""
+    chunks, kinds = images.split(64), ("summary", "patches")
+    outputs = []
+    for chunk in progress(chunks, "teachers' outputs, computed once", len(chunks)):
+        outputs.append({t: {kind: y.half().cpu() for kind, y in tokens.items()} for t, tokens in teach(chunk).items()})
+    return {t: {kind: torch.cat([o[t][kind] for o in outputs]) for kind in kinds} for t in outputs[0]}
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> None:
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    device, out = choose_device(args.device), Path(args.out)
+    dtype = compute_dtype(args.precision, device)
+    if args.batch_size % (world * args.accumulate):
+        raise InputError(f"--batch-size: {args.batch_size} does not divide by {world} processes x --accumulate")
+    checkpoint = read_weights(out / "last.pt") if args.resume else None
+    start, stop = checkpoint["step"] if checkpoint else 0, min(args.stop_at or args.steps, args.steps)
+    if start >= stop:
+        return say(f"{out} has done {start} of {args.steps} steps: nothing to do. Next: python evaluate.py {out}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # Student, standardisers, tiles
+    torch.manual_seed(args.seed)
+    teacher_dims = {name: TEACHERS[name].arch["width"] for name in args.teachers}
+    student = Student(args.student, teacher_dims, args.dims).to(device)
+    size, grid = student.backbone.img_size, student.backbone.grid
+    say(f"student {args.student}: {count(student.backbone)}, nested dims {args.dims}, on {device} in {dtype}")
+    standardizers = Standardizers(teacher_dims, args.standardize).to(device)
+    tiles = data.FolderTiles(args.data, size, args.seed) if args.data else data.TissueTiles("distil", args.seed, size)
+    fingerprint = tiles.fingerprint() if args.data else None
+    if checkpoint and fingerprint != checkpoint["tiles"]:
+        raise InputError(f"--data: {args.data} does not hold the tiles this run began with, {checkpoint['tiles']}")
+    if args.data and not rank and (small := tiles.count_small())[0]:
+        print(f"warning: {small[0]} of {small[1]} tiles are smaller than {size} px and get enlarged", file=sys.stderr)
+
+    # Teachers, frozen
+    recipe = {"steps": args.teacher_steps, "seed": args.teacher_seed}
+    if rank:
+        dist.barrier()  # process 0 goes first: it makes or fetches what the others then find
+    find_weights(args.teachers, args.weights_dir)  # names every missing teacher at once
+    teachers = {name: load_teacher(name, args.weights_dir, device, dtype, **recipe) for name in args.teachers}
+    if world > 1 and not rank:
+        dist.barrier()
+    for name, teacher in teachers.items():
+        say(f"teacher {name}: {count(teacher)}, width {teacher.dim}, grid {teacher.grid}; licence {teacher.licence}")
+    source = f"{len(tiles.files)} tiles of {args.data}" if args.data else f"synthetic tissue drawn at {size} px"
+    say(f"{args.steps} steps of {args.batch_size} tiles over {world} process(es); {source}; run folder {out}")
+
+    def teach(images: Tensor) -> dict[str, dict[str, Tensor]]:
+        return {name: teacher(images.to(device, non_blocking=True), grid) for name, teacher in teachers.items()}
+
+    # The demo goes over few tiles many times, so its teachers run once on each. Otherwise they run in every step.
+    demo = not args.data and all(name in OFFLINE for name in args.teachers)
+    if demo:
+        images = tiles.draw(min(DEMO_TILES, args.steps * args.batch_size))["image"]
+        tiles = data.CachedTiles(images, cache_outputs(images, teach), args.seed)
+    workers = args.workers if args.workers is not None else 8 if device.type == "cuda" and not demo else 0
+    skipped = data.Skipped(len(tiles.files) if args.data else 1)
+
+    def outputs_of(batch: dict) -> dict[str, dict[str, Tensor]]:
+        outputs = batch.get("outputs") or teach(batch["image"])
+        return {t: {kind: y.to(device) for kind, y in tokens.items()} for t, tokens in outputs.items()}
+
+    # Statistics of the targets: measured once, by process 0, then frozen
+    if checkpoint:
+        load_strictly(standardizers, checkpoint["standardizers"], f"{out}/last.pt")
+        standardizers.to(device)
+    elif not rank:
+        n = args.stats_tiles or (64 if device.type == "cpu" and not set(args.teachers) <= set(OFFLINE) else 1024)
+        loader = data.batches(tiles, range(n), min(n, args.batch_size), workers)
+        raw = (outputs_of(skipped.check(batch)) for batch in loader)
+        standardizers.measure(progress(raw, "target statistics", len(loader)))
+    if world > 1:
+        for buffer in standardizers.buffers():
+            dist.broadcast(buffer, 0)
+
+    # Optimiser
+    optimizer = torch.optim.AdamW(parameter_groups(student), lr=args.lr, betas=BETAS, fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if checkpoint:
+        load_strictly(student, checkpoint["student"], f"{out}/last.pt")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+    model = torch.compile(Distiller(student)) if args.compile else Distiller(student)
+    if world > 1:
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+
+    def save(step: int) -> None:
+        if rank:
+            return
+        parts = {"student": student, "standardizers": standardizers, "optimizer": optimizer, "scaler": scaler}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"step": step, "args": vars(args) | {"stop_at": None}, "tiles": fingerprint}
+        data.save_atomically(state, out / "last.pt")
+        config = {"student": args.student, "arch": STUDENTS[args.student], "nested_dims": args.dims, "step": step}
+        config |= {"teachers": {name: t.licence for name, t in teachers.items()}, "teacher_recipe": recipe}
+        data.save_atomically({"state_dict": student.backbone.state_dict(), "config": config}, out / "student.pt")
+
+    # The loop
+    if not checkpoint:
+        save(0)  # a run can be resumed from its first moment, with the same targets
+    ks = range(start * args.batch_size + rank, stop * args.batch_size, world)
+    micro_batch = args.batch_size // (world * args.accumulate)
+    loader = iter(data.batches(tiles, ks, micro_batch, workers, pin=device.type == "cuda"))
+    began = logged = time.monotonic()
+    for step in range(start, stop):
+        lr = learning_rate(step, args.steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        total = torch.zeros((), device=device)
+        for micro in range(args.accumulate):
+            batch = skipped.check(next(loader))
+            targets = standardizers(outputs_of(batch))  # float32
+            reduce = world == 1 or micro == args.accumulate - 1  # gradients meet once a step
+            with contextlib.nullcontext() if reduce else model.no_sync():
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss, parts = model(batch["image"].to(device, non_blocking=True), targets)
+                scaler.scale(loss / args.accumulate).backward()
+            total += loss.detach() / args.accumulate
+        if world > 1:
+            dist.all_reduce(total)
+            total /= world
+        if not math.isfinite(total.item()):  # the same on every process, so all leave together, before any update
+            raise InputError(f"--lr: loss not finite at step {step + 1}; {out}/last.pt keeps the last good checkpoint")
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        scaler.step(optimizer)
+        scaler.update()
+        done = step + 1
+        if done % args.log_every == 0 or done == stop:
+            now, tiles_done = time.monotonic(), ((step - start) % args.log_every + 1) * args.batch_size
+            eta = (stop - done) * (now - began) / (done - start)
+            log(args, done, total.item(), lr, tiles_done / (now - logged), eta, parts)
+            logged = now
+        if done % args.save_every == 0 or done == stop:
+            save(done)
+
+    if world > 1:
+        dist.destroy_process_group()
+    if stop < args.steps:
+        say(f"stopped after step {stop} of {args.steps}; go on with: python train.py --resume {out}")
+    elif not rank:
+        finish(out, student.eval(), teachers if demo else {}, args.seed)
+
+
+def log(args: argparse.Namespace, done: int, loss: float, lr: float, rate: float, eta: float, parts: dict) -> None:
+    """One line on screen, one in log.jsonl, by process 0: cosines at the largest/smallest dim, of its last batch."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    cosines, text = {}, ""
+    for t in args.teachers:
+        for key, word in (("summary_cos", f"  {t} summary"), ("patch_cos", " patches")):
+            large, small = (parts[m][t][key].item() for m in (args.dims[-1], args.dims[0]))
+            cosines[f"{t}/{key}"] = {args.dims[-1]: large, args.dims[0]: small}
+            text += f"{word} {large:.2f}/{small:.2f}"
+    with open(Path(args.out) / "log.jsonl", "a") as file:
+        file.write(json.dumps({"step": done, "loss": loss, "lr": lr, "tiles_per_s": rate, "cosines": cosines}) + "\n")
+    say(f"step {done}/{args.steps}  loss {loss:.3f}{text}  lr {lr:.1e}  {rate:.0f} tiles/s  ETA {eta:.0f} s")
+
+
+def finish(out: Path, student: Student, teachers: dict, seed: int) -> None:
+    """The demo's table, and what to try next."""
+    if teachers:
+        models = {f"teacher {name}": (teacher, [teacher.dim]) for name, teacher in teachers.items()}
+        rows = evaluate.report({**models, "student": (student, student.nested_dims)}, [out], None, seed)
+        smaller = 1 - rows[-1]["parameters"] / min(row["parameters"] for row in rows[: len(teachers)])
+        print(f"\nThe student is {100 * smaller:.1f} % smaller than each of its teachers.")
+    print(f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out}")
+    if teachers:
+        print("  python train.py --teachers toy_cells --out runs/cells      what a student of one teacher lacks")
+        print("  python train.py --data YOUR_TILES --out runs/tiles         the same teachers on your own tiles")
+        print("  python train.py --teachers uni,virchow --data YOUR_TILES   published teachers")
+
+
+if __name__ == "__main__":
+    run_main(lambda: train(parse_args()))
