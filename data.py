@@ -181,7 +181,8 @@ def tile_index(seed: int, k: int, n: int) -> int:
 
 def batches(dataset: Dataset, ks: range, batch_size: int, workers: int = 0, pin: bool = False) -> DataLoader:
     """Samples `ks` of a dataset in batches. What sample k holds depends on k alone, so any number of workers gives the same."""
-    return DataLoader(dataset, batch_size, sampler=ks, num_workers=workers, pin_memory=pin)
+    generator = torch.Generator()  # otherwise every pass draws from the global generator, which nothing here depends on
+    return DataLoader(dataset, batch_size, sampler=ks, num_workers=workers, pin_memory=pin, generator=generator)
 
 
 class CachedTiles(Dataset):
