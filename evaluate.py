@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import InputError, LabelledTiles, Skipped, TissueTiles, batches, progress
-from student import Student, truncate
-from teachers import OFFLINE, choose_device, load_strictly, load_teacher, read_weights
+from data import TASKS, InputError, LabelledTiles, Skipped, TissueTiles, batches, progress
+from student import Student, load_strictly, truncate
+from teachers import OFFLINE, choose_device, load_teacher, read_weights
 
 K, TEMPERATURE = 20, 0.07
-BANK = TEST = 2048  # synthetic tiles
+N_TILES = 2048  # of synthetic tissue, in the bank and again in the test set
 Models = dict[str, tuple[nn.Module, list[int]]]  # {name: (student or teacher, dims to cut it to)}
+Labelled = Iterable[tuple[Tensor, dict[str, Tensor]]]  # batches of images (B, 3, H, W), {task: labels (B,)}
 
 
 def load_student(run: str | Path, device: str | torch.device = "cpu") -> tuple[Student, dict]:
@@ -65,60 +66,44 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int
     return {"accuracy": correct.mean().item(), "balanced_accuracy": torch.stack(recalls).mean().item()}
 
 
-def knn_rows(models: Models, split: Callable[[str], Iterable[tuple[Tensor, dict]]]) -> list[dict]:
-    """Rows of the table: every model at each of its dims, on every task.
-
-    split("bank" or "test") -> iterable of (images, {task: labels}), gone through once.
-    """
-    features, labels = {}, {}
-    for name in ("bank", "test"):
-        parts = [({m: embed(model, images) for m, (model, _) in models.items()}, y) for images, y in split(name)]
-        features[name] = {m: torch.cat([x[m] for x, _ in parts]) for m in models}
-        labels[name] = {task: torch.cat([y[task] for _, y in parts]) for task in parts[0][1]}
+def knn_rows(models: Models, bank: Labelled, test: Labelled) -> list[dict]:
+    """kNN of every model at each of its dims on every task: rows of the table. bank and test are gone through once."""
+    features, labels = [], []
+    for batches_of in (bank, test):
+        parts = [({name: embed(model, images) for name, (model, _) in models.items()}, y) for images, y in batches_of]
+        features.append({name: torch.cat([x[name] for x, _ in parts]) for name in models})
+        labels.append({task: torch.cat([y[task] for _, y in parts]) for task in parts[0][1]})
     rows = []
     for name, (model, dims) in models.items():
-        backbone = model.backbone if isinstance(model, Student) else model
+        count = sum(p.numel() for p in (model.backbone if isinstance(model, Student) else model).parameters())
         for dim in dims:
-            bank, test = (truncate(features[split_name], dim)[name] for split_name in ("bank", "test"))
-            scores = {task: knn(bank, labels["bank"][task], test, labels["test"][task]) for task in labels["bank"]}
-            n = sum(p.numel() for p in backbone.parameters())
-            rows.append({"model": name, "parameters": n, "dim": dim, "tasks": scores})
+            train_x, test_x = (truncate(x, dim)[name] for x in features)
+            tasks = {task: knn(train_x, labels[0][task], test_x, labels[1][task]) for task in labels[0]}
+            rows.append({"model": name, "parameters": count, "dim": dim, "tasks": tasks})
     return rows
 
 
-def synthetic_split(seed: int, size: int) -> Callable:
-    """Synthetic tissue, both labels, as `split` for knn_rows; streams apart from every stream that is trained on."""
-
-    def split(name: str):
-        tiles = TissueTiles(name, seed, size).draw({"bank": BANK, "test": TEST}[name])
-        yield tiles["image"], {"cells": tiles["cells"], "tissue": tiles["tissue"]}
-
-    return split
+def synthetic_tiles(stream: str, n: int, seed: int, size: int) -> Labelled:
+    """Synthetic tissue with both labels, from a stream that nothing is trained on."""
+    tiles = TissueTiles(stream, seed, size).draw(n)
+    yield tiles["image"], {task: tiles[task] for task in TASKS}
 
 
-def folder_split(root: str | Path, size: int) -> Callable:
-    """train/CLASS and test/CLASS as `split` for knn_rows; unreadable tiles are named, counted and left out."""
-    train = LabelledTiles(root, "train", size)
-    sets = {"bank": train, "test": LabelledTiles(root, "test", size, train.classes)}
-    skipped = Skipped(sum(len(tiles.files) for tiles in sets.values()))
-
-    def split(name: str):
-        loader = batches(sets[name], range(len(sets[name].files)), 64, workers=0)
-        for batch in progress(loader, f"embedding {sets[name].root}", len(loader)):
-            skipped.check(batch)
-            read = batch["label"] >= 0
-            yield batch["image"][read], {"class": batch["label"][read]}
-
-    return split
+def folder_tiles(tiles: LabelledTiles, skipped: Skipped) -> Labelled:
+    """A split of a labelled folder; unreadable tiles are named, counted and left out."""
+    loader = batches(tiles, range(len(tiles.files)), 64)
+    for batch in progress(loader, f"embedding {tiles.root}", len(loader)):
+        skipped.check(batch)
+        readable = batch["label"] >= 0
+        yield batch["image"][readable], {"class": batch["label"][readable]}
 
 
 def table(rows: list[dict], metric: str = "accuracy") -> str:
     """Aligned text: a line for each model and dim, a column for each task, in per cent."""
     tasks = list(rows[0]["tasks"])
-    width = max(len(row["model"]) for row in rows) + 2
-    lines = [
-        f"{'kNN ' + metric + ', %':{width}}{'parameters':>12}{'dim':>6}" + "".join(f"{task:>10}" for task in tasks)
-    ]
+    width = max(26, *(len(row["model"]) for row in rows)) + 2
+    head = f"{'kNN ' + metric.replace('_', ' ') + ', %':{width}}{'parameters':>12}{'dim':>6}"
+    lines = [head + "".join(f"{task:>10}" for task in tasks)]
     for row in rows:
         scores = "".join(f"{100 * row['tasks'][task][metric]:>10.1f}" for task in tasks)
         lines.append(f"{row['model']:{width}}{row['parameters'] / 1e6:>10.3f} M{row['dim']:>6}" + scores)
@@ -167,22 +152,21 @@ def run_main(main: Callable[[], None]) -> None:
 def report(models: Models, runs: list[Path], data: str | None, seed: int) -> list[dict]:
     """Evaluate, print the table, and add it to the results.json of each run; what it holds on other data stays."""
     size = max(model.backbone.img_size for model, _ in models.values() if isinstance(model, Student))
-    rows = knn_rows(models, folder_split(data, size) if data else synthetic_split(seed, size))
+    if data:
+        train = LabelledTiles(data, "train", size)
+        test = LabelledTiles(data, "test", size, train.classes)
+        skipped = Skipped(len(train.files) + len(test.files))
+        rows = knn_rows(models, folder_tiles(train, skipped), folder_tiles(test, skipped))
+    else:
+        rows = knn_rows(models, *(synthetic_tiles(stream, N_TILES, seed, size) for stream in ("bank", "test")))
     print("\n" + table(rows) + ("\n\n" + table(rows, "balanced_accuracy") if data else ""))
-    protocol = (
-        f"kNN, k = {K}, cosine similarity, votes exp(similarity / {TEMPERATURE}), shorter side {size} px, centre crop"
-    )
+    protocol = f"kNN, k = {K}, cosine, votes exp(similarity / {TEMPERATURE}); shorter side to {size} px, centre crop"
+    result = {"protocol": protocol, "seed": seed, "torch": torch.__version__, "rows": rows}
     for run in runs:
         path = (run if run.is_dir() else run.parent) / "results.json"
         results = json.loads(path.read_text()) if path.exists() else {}
-        results[data or "synthetic tissue"] = {
-            "protocol": protocol,
-            "seed": seed,
-            "torch": torch.__version__,
-            "rows": rows,
-        }
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1))
+        temporary.write_text(json.dumps({**results, data or "synthetic tissue": result}, indent=1))
         os.replace(temporary, path)
     return rows
 
@@ -193,25 +177,27 @@ def main() -> None:
     add("runs", nargs="+", metavar="RUN", help="a run folder or a student.pt; several stand side by side")
     add("--data", help="a labelled folder, train/CLASS/* and test/CLASS/* (default: synthetic tissue)")
     add("--dims", type=dim_list, help="comma-separated (default: each run's nested dims)")
-    add("--teachers", type=name_list, help="teachers to stand beside, or none (default: the run's offline teachers)")
+    add(
+        "--teachers",
+        type=name_list,
+        help="teachers to stand beside, '' for none (default: the last run's offline teachers)",
+    )
     add("--seed", type=at_least(0), default=0, help="of the synthetic tissue (default: 0)")
     add("--device", help="cuda, mps or cpu (default: the best at hand)")
     add("--weights-dir", default="weights", help="where teachers' weights are looked for and kept (default: weights)")
     args = parser.parse_args()
     device = choose_device(args.device)
 
-    models, recipe, names = {}, {}, []
+    models = {}
     for run in args.runs:
         student, config = load_student(run, device)
         if args.dims and args.dims[-1] > student.backbone.width:
             raise InputError(f"--dims: {args.dims[-1]} is above the width {student.backbone.width} of {run}")
-        models[str(run)] = (student, args.dims or student.nested_dims)
-        names += [name for name in config["teachers"] if name in OFFLINE and name not in names]
-        recipe = recipe or config["teacher_recipe"]
-    for name in names if args.teachers is None else args.teachers:
-        teacher = load_teacher(name, args.weights_dir, device, **recipe)
+        models[run] = (student, args.dims or student.nested_dims)
+    offline = [name for name in config["teachers"] if name in OFFLINE]
+    for name in offline if args.teachers is None else args.teachers:
+        teacher = load_teacher(name, args.weights_dir, device, **config["teacher_recipe"])
         models[f"teacher {name}"] = (teacher, [teacher.dim])
-
     report(models, [Path(run) for run in args.runs], args.data, args.seed)
 
 

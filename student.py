@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import InputError
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of the students' input, as of timm's DINOv2 ViTs
 
 SHARED = {"img_size": 224, "patch_size": 14, "depth": 12, "registers": 4, "pos_on_prefix": False}
@@ -150,6 +152,17 @@ def init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+def load_strictly(model: nn.Module, state: dict, source: str) -> None:
+    """Give a model (possibly on the meta device) exactly the tensors of `state`; InputError names three differences."""
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: tuple(getattr(value, "shape", "?")) for key, value in state.items()}
+    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+    if wrong:
+        three = [f"{key} is {found.get(key, 'missing')}, not {expected.get(key, 'expected')}" for key in wrong[:3]]
+        raise InputError(f"{source} holds another model: {len(wrong)} tensors differ, first {'; '.join(three)}")
+    model.load_state_dict(state, assign=any(value.is_meta for value in model.state_dict().values()))
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

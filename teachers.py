@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import CELLS, TASKS, TISSUE_VERSION, TISSUES, InputError, TissueTiles, progress, save_atomically
-from student import IMAGENET, VisionTransformer, normalise
+from student import IMAGENET, VisionTransformer, load_strictly, normalise
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,6 @@ def read_weights(path: str | Path) -> dict:
         raise InputError(f"{path} is refused: not a weights file, or one with objects that could run code") from None
     except Exception as error:  # noqa: BLE001 - a damaged file raises many types
         raise InputError(f"{path} is damaged ({type(error).__name__}); get it again from its source") from None
-
-
-def load_strictly(model: nn.Module, state: dict, source: str) -> None:
-    """Give a model (possibly on the meta device) exactly the tensors of `state`; InputError names three differences."""
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: tuple(getattr(value, "shape", "?")) for key, value in state.items()}
-    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
-    if wrong:
-        three = [f"{key} is {found.get(key, 'missing')}, not {expected.get(key, 'expected')}" for key in wrong[:3]]
-        raise InputError(f"{source} holds another model: {len(wrong)} tensors differ, first {'; '.join(three)}")
-    model.load_state_dict(state, assign=any(value.is_meta for value in model.state_dict().values()))
 
 
 def find_weights(names: Iterable[str], weights_dir: str | Path = "weights") -> dict[str, Path]:

@@ -32,10 +32,8 @@ import evaluate
 from data import InputError, progress
 from evaluate import OneLineParser, at_least, dim_list, name_list, run_main
 from losses import Standardizers, nested_loss
-from student import STUDENTS, Student
-from teachers import OFFLINE, TEACHERS, check_names, choose_device, find_weights, load_strictly, load_teacher
-
-from teachers import read_weights  # isort: skip
+from student import STUDENTS, Student, load_strictly
+from teachers import OFFLINE, TEACHERS, check_names, choose_device, find_weights, load_teacher, read_weights
 
 VIT = {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "save_every": 1000}
 DEFAULTS = {
@@ -79,15 +77,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", help="run folder (default: runs/demo with offline teachers, otherwise runs/TEACHERS-STUDENT)")
     add("--resume", metavar="DIR", help="go on with this run; its arguments are restored")
     add("--standardize", choices=["phi-s", "channel", "none"], help="how targets are normalised (default: phi-s)")
-    add(
-        "--stats-tiles", type=at_least(2), help="to measure targets on (default: 1024; on a CPU with published ones 64)"
-    )
+    add("--stats-tiles", type=at_least(2), help="for target statistics (default: 1024, or 64: published, on a CPU)")
     add("--teacher-steps", type=count, help="training of the offline teachers (default: 500)")
     add("--teacher-seed", type=at_least(0), help="of the offline teachers (default: 0)")
     add("--weights-dir", help="where teachers' weights are looked for and kept (default: weights)")
     add("--workers", type=at_least(0), help="processes that read tiles (default: 8 for each GPU, 0 on a CPU)")
     add(
-        "--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: auto: bf16 or fp16 on CUDA, else fp32)"
+        "--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: auto, on CUDA bf16 or fp16, else fp32)"
     )
     add("--device", help="cuda, mps or cpu (default: the best at hand)")
     add("--compile", action="store_true", default=None, help="torch.compile student and loss; for long GPU runs")
@@ -308,8 +304,6 @@ def train(args: argparse.Namespace) -> None:
         if done % args.save_every == 0 or done == stop:
             save(done)
 
-    if world > 1:
-        dist.destroy_process_group()
     if stop < args.steps:
         say(f"stopped after step {stop} of {args.steps}; go on with: python train.py --resume {out}")
     elif not rank:
@@ -340,10 +334,16 @@ def finish(out: Path, student: Student, teachers: dict, seed: int) -> None:
         print(f"\nThe student is {100 * smaller:.1f} % smaller than each of its teachers.")
     print(f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out}")
     if teachers:
-        print("  python train.py --teachers toy_cells --out runs/cells      what a student of one teacher lacks")
-        print("  python train.py --data YOUR_TILES --out runs/tiles         the same teachers on your own tiles")
-        print("  python train.py --teachers uni,virchow --data YOUR_TILES   published teachers")
+        print("  python train.py --teachers toy_cells --out runs/cells    what a student of one teacher lacks")
+        print("  python train.py --data tiles/ --out runs/tiles           the same teachers on your own tiles")
+        print("  python train.py --teachers uni,virchow --data tiles/     published teachers")
+
+
+def main() -> None:
+    train(parse_args())
+    if dist.is_initialized():  # only here, when the DDP module is gone: freeing it later can hang
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_main(lambda: train(parse_args()))
+    run_main(main)

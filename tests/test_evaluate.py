@@ -82,8 +82,7 @@ def test_command_line_on_a_labelled_folder(tmp_path, run, monkeypatch, capsys):
 
 
 def test_results_on_other_data_are_kept(run, monkeypatch):
-    monkeypatch.setattr(evaluate, "BANK", 8)
-    monkeypatch.setattr(evaluate, "TEST", 8)
+    monkeypatch.setattr(evaluate, "N_TILES", 8)
     (run / "results.json").write_text('{"elsewhere": 1}')
     evaluate.report({"student": (Student("toy", {}, []).eval(), [48])}, [run / "student.pt"], None, seed=3)
     results = json.loads((run / "results.json").read_text())

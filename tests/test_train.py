@@ -23,8 +23,7 @@ TINY = ["--teacher-steps", "2", "--batch-size", "8", "--device", "cpu", "--dims"
 
 @pytest.fixture(autouse=True)
 def small_evaluation(monkeypatch):
-    monkeypatch.setattr(evaluate, "BANK", 32)
-    monkeypatch.setattr(evaluate, "TEST", 32)
+    monkeypatch.setattr(evaluate, "N_TILES", 32)
 
 
 @pytest.fixture
