@@ -2,11 +2,11 @@
 
 Place in the data flow:  [ data.py ] -> student.py and teachers.py -> losses.py -> train.py -> evaluate.py
 
-    tile k of a run = view(seed, k, source[order(seed, k)])    one crop, flip and quarter turn, shared by student and teachers
+    tile k of a run = view(seed, k, source[order(seed, k)])    one crop, flip and turn, shared by student and teachers
 
-The k-th sample is a pure function of (seed, k). So resuming means starting at k, the number of workers changes nothing, rank r
-of W takes k = r, r + W, ..., and no generator state is stored anywhere. Images leave this file as uint8 (3, H, W); each model
-normalises for itself.
+The k-th sample is a pure function of (seed, k). So resuming means starting at k, the number of workers changes nothing,
+rank r of W takes k = r, r + W, ..., and no generator state is stored anywhere. Images leave as uint8 (3, H, W);
+each model normalises for itself.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +59,9 @@ def save_atomically(content: dict, path: str | Path) -> None:
         raise InputError(f"cannot write {path}: {error}; free some space or choose another folder") from None
 
 
-# ---- synthetic tissue --------------------------------------------------------------------------------------------------
-# Optical densities of haematoxylin and eosin are drawn, then mixed to RGB by Beer-Lambert. Every tile has two independent
-# labels, the kind of its cells and the kind of its tissue: one for each offline teacher to know and the other to lack.
+# ---- synthetic tissue ---------------------------------------------------------------------------------------------
+# Optical densities of haematoxylin and eosin are drawn, then mixed to RGB by Beer-Lambert. Every tile has two
+# independent labels, the kind of its cells and of its tissue: one for each offline teacher to know, the other to lack.
 
 TISSUE_VERSION = 1  # raise it when a tile changes: the offline teachers are then trained anew
 STREAMS = ("teacher", "distil", "bank", "test")  # keyed (stream, seed, k), so that nothing leaks from one into another
@@ -150,7 +150,7 @@ def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndar
 
 
 class TissueTiles(Dataset):
-    """Synthetic tile k of a stream -> {"image": uint8 (3, size, size), "cells": int, "tissue": int}; it has no last tile."""
+    """Synthetic tile k of a stream, without end -> {"image": uint8 (3, size, size), "cells": int, "tissue": int}."""
 
     def __init__(self, stream: str, seed: int, size: int = 64):
         self.stream, self.seed, self.size = stream, seed, size
@@ -166,7 +166,7 @@ class TissueTiles(Dataset):
         return {key: torch.cat([batch[key] for batch in drawn]) for key in drawn[0]}
 
 
-# ---- the order of samples ----------------------------------------------------------------------------------------------
+# ---- the order of samples -----------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=2)  # a batch can straddle two epochs
@@ -180,16 +180,23 @@ def tile_index(seed: int, k: int, n: int) -> int:
 
 
 def batches(dataset: Dataset, ks: range, batch_size: int, workers: int = 0, pin: bool = False) -> DataLoader:
-    """Samples `ks` of a dataset in batches. What sample k holds depends on k alone, so any number of workers gives the same."""
+    """Samples `ks` of a dataset in batches; sample k depends on k alone, so any number of workers gives the same."""
     generator = torch.Generator()  # otherwise every pass draws from the global generator, which nothing here depends on
     return DataLoader(dataset, batch_size, sampler=ks, num_workers=workers, pin_memory=pin, generator=generator)
 
 
 class CachedTiles(Dataset):
-    """Tiles whose teacher outputs are known: sample k -> {"image": (3, H, W), "outputs": {teacher: {"summary", "patches"}}}."""
+    """Tiles whose teachers run once, here: sample k -> {"image": (3, H, W), "outputs": {teacher: tokens}}.
 
-    def __init__(self, images: Tensor, outputs: dict[str, dict[str, Tensor]], seed: int):
-        self.images, self.outputs, self.seed = images, outputs, seed
+    images: (n, 3, H, W); teach: images -> {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}, kept in fp16.
+    """
+
+    def __init__(self, images: Tensor, teach: Callable[[Tensor], dict[str, dict[str, Tensor]]], seed: int):
+        self.images, self.seed, chunks, parts = images, seed, images.split(64), []
+        for chunk in progress(chunks, "teachers' outputs, computed once", len(chunks)):
+            outputs = teach(chunk)
+            parts.append({t: {kind: y.half().cpu() for kind, y in outputs[t].items()} for t in outputs})
+        self.outputs = {t: {kind: torch.cat([p[t][kind] for p in parts]) for kind in parts[0][t]} for t in parts[0]}
 
     def __getitem__(self, k: int) -> dict:
         i = tile_index(self.seed, k, len(self.images))
@@ -197,7 +204,7 @@ class CachedTiles(Dataset):
         return {"image": self.images[i], "outputs": outputs}
 
 
-# ---- real tiles --------------------------------------------------------------------------------------------------------
+# ---- real tiles ---------------------------------------------------------------------------------------------------
 
 
 def list_tiles(root: str | Path, flag: str = "--data") -> list[str]:
@@ -274,9 +281,9 @@ class FolderTiles(Dataset):
 
 
 class LabelledTiles(Dataset):
-    """One split of a labelled folder, ROOT/SPLIT/CLASS/*: tile k -> {"image": (3, size, size), "label": int, "skipped": path}.
+    """One split of a labelled folder, ROOT/SPLIT/CLASS/*: tile k -> {"image", "label", "skipped"}.
 
-    label: index in `classes`, or -1 where the tile cannot be read.
+    image: uint8 (3, size, size); label: index in `classes`, or -1 if unreadable; skipped: the path then.
     """
 
     def __init__(self, root: str | Path, split: str, size: int, classes: list[str] | None = None):

@@ -2,7 +2,7 @@
 
 Place in the data flow:  data.py -> student.py and teachers.py -> losses.py -> train.py -> [ evaluate.py ]
 
-    python evaluate.py runs/demo                     synthetic tissue, both tasks, every nested dim, and the offline teachers
+    python evaluate.py runs/demo                     synthetic tissue, both tasks, beside the offline teachers
     python evaluate.py runs/demo --data labelled/    a folder with train/CLASS/* and test/CLASS/*
 
 Features are taken after the final norm, cut to the first m channels, and only then L2-normalised. kNN as in DINO (arXiv
@@ -31,7 +31,7 @@ Labelled = Iterable[tuple[Tensor, dict[str, Tensor]]]  # batches of images (B, 3
 
 
 def load_student(run: str | Path, device: str | torch.device = "cpu") -> tuple[Student, dict]:
-    """A trained student without its adaptor heads, from a run folder or a student.pt -> (student in eval mode, its config)."""
+    """A trained student, its adaptor heads left out, from a run folder or a student.pt -> (student, its config)."""
     path = Path(run) / "student.pt" if Path(run).is_dir() else Path(run)
     if not path.exists():
         raise InputError(f"{path} does not exist; give the folder of a run that has saved, or a student.pt")
@@ -45,13 +45,13 @@ def load_student(run: str | Path, device: str | torch.device = "cpu") -> tuple[S
 
 @torch.no_grad()
 def embed(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Summary features (n, D) float32, on the CPU, of images (n, 3, H, W) uint8 or in [0, 1]; a student or a teacher."""
+    """Summary features (n, D) float32, on the CPU, of images (n, 3, H, W), by a student or a teacher."""
     device = next(model.parameters()).device
     return torch.cat([model(batch.to(device))["summary"].float().cpu() for batch in images.split(batch_size)])
 
 
 def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = K) -> dict[str, float]:
-    """Weighted k-nearest-neighbour vote. x: (n, D) features, y: (n,) integer labels -> accuracy and balanced accuracy in [0, 1]."""
+    """Weighted k-nearest-neighbour vote. x: (n, D), y: (n,) integers -> accuracy and balanced accuracy in [0, 1]."""
     k = min(k, len(train_x))
     train_x, test_x = F.normalize(train_x.float(), dim=-1), F.normalize(test_x.float(), dim=-1)
     n_classes = int(max(train_y.max(), test_y.max())) + 1
@@ -110,7 +110,7 @@ def table(rows: list[dict], metric: str = "accuracy") -> str:
     return "\n".join(lines)
 
 
-# ---- the command line (train.py uses the same pieces) ------------------------------------------------------------------
+# ---- the command line (train.py uses the same pieces) -------------------------------------------------------------
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -177,11 +177,7 @@ def main() -> None:
     add("runs", nargs="+", metavar="RUN", help="a run folder or a student.pt; several stand side by side")
     add("--data", help="a labelled folder, train/CLASS/* and test/CLASS/* (default: synthetic tissue)")
     add("--dims", type=dim_list, help="comma-separated (default: each run's nested dims)")
-    add(
-        "--teachers",
-        type=name_list,
-        help="teachers to stand beside, '' for none (default: the last run's offline teachers)",
-    )
+    add("--teachers", type=name_list, help="beside the runs, '' for none (default: offline ones of the last run)")
     add("--seed", type=at_least(0), default=0, help="of the synthetic tissue (default: 0)")
     add("--device", help="cuda, mps or cpu (default: the best at hand)")
     add("--weights-dir", default="weights", help="where teachers' weights are looked for and kept (default: weights)")

@@ -8,9 +8,9 @@ Place in the data flow:  data.py -> student.py and teachers.py -> [ losses.py ] 
             + 0.1 * smooth_l1(h_{t,m}(z_patch[:m]), y_patch)
     L       = sum over teachers t and nested dims m of w_m * L_{t,m},   w_m = 1
 
-Everything here is a pure function of tensors, in float32 whatever the autocast around it. Sources: the two token losses are
-RADIO's (arXiv 2312.06709), the PHI-S standardisation is arXiv 2410.01680, the sum over prefixes is Matryoshka representation
-learning (2205.13147). The weights are our choice, not checked against the paper's method section.
+Everything here is a pure function of tensors, in float32 whatever the autocast around it. Sources: the two token losses
+are RADIO's (arXiv 2312.06709), PHI-S is arXiv 2410.01680, the sum over prefixes is Matryoshka representation learning
+(2205.13147). The weights are our choice, not checked against the paper's method section.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ from data import InputError
 Tokens = dict[str, Tensor]  # {"summary": (B, D), "patches": (B, N, D)}
 
 
-# ---- standardising a teacher's tokens ------------------------------------------------------------------------------------
+# ---- standardising a teacher's tokens -----------------------------------------------------------------------------
 
 
 def hadamard(n: int) -> Tensor:
@@ -58,34 +58,36 @@ class Standardizer(nn.Module):
 
         y' = R (y - mean) / scale          y = R^T (scale * y') + mean
 
-    "phi-s":   R = H U^T (H: normalised Hadamard matrix; C = U diag(l) U^T: covariance), scale = sqrt(mean(l)), one number.
+    "phi-s":   R = H U^T, scale = sqrt(mean(l)) (one number), H a normalised Hadamard matrix, C = U diag(l) U^T.
                Every channel then has variance exactly 1, without blowing up a near-dead channel or direction.
     "channel": R = I, scale = each channel's standard deviation.       "none": y' = y.
     """
 
     def __init__(self, dim: int, mode: str = "phi-s"):
         super().__init__()
-        self.mode, self.H = mode, hadamard(dim) / dim**0.5 if mode == "phi-s" else None
+        self.mode = mode
+        if mode == "phi-s":
+            hadamard(dim)  # refuses a width that has none before anything slow starts
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("rotation", torch.eye(dim))
         self.register_buffer("scale", torch.ones(dim))
 
     @torch.no_grad()
     def set(self, mean: Tensor, covariance: Tensor) -> "Standardizer":
-        """Derive the buffers from a mean (D,) and a covariance (D, D), both float64. InputError on a constant teacher."""
+        """Derive the buffers from mean (D,) and covariance (D, D), both float64. InputError on a constant teacher."""
         variances = covariance.diagonal()
         if not torch.isfinite(covariance).all() or variances.mean() <= 0:
             raise InputError("its outputs are constant or not finite: check its weights")
+        rms = variances.mean().sqrt()  # = sqrt(mean(l)): the trace is the sum of the eigenvalues
         if self.mode == "phi-s":
+            H = hadamard(len(mean)).to(mean) / len(mean) ** 0.5
             _, U = torch.linalg.eigh(covariance)
-            self.rotation.copy_(self.H.to(U) @ U.T)
-            self.scale.fill_(variances.mean().sqrt())  # mean of the eigenvalues = trace / D = mean of the variances
+            self.rotation.copy_((H @ U.T).float())
+            self.scale.fill_(rms.item())
         elif self.mode == "channel":
-            self.scale.copy_(
-                variances.sqrt().clamp(min=1e-6 * variances.mean().sqrt())
-            )  # a dead channel is not blown up
+            self.scale.copy_(variances.sqrt().clamp(min=1e-6 * rms).float())  # a dead channel is not blown up
         if self.mode != "none":
-            self.mean.copy_(mean)
+            self.mean.copy_(mean.float())
         return self
 
     def forward(self, y: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ class Standardizers(nn.ModuleDict):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[dict[str, Tokens]]) -> None:
-        """Set every standardiser from raw teacher outputs {teacher: tokens}: moments summed in float64, over all batches."""
+        """Set every standardiser from batches of raw outputs {teacher: tokens}; moments are summed in float64."""
         moments = {(t, kind): [0, 0.0, 0.0] for t in self for kind in self[t]}
         for outputs in batches:
             for (t, kind), total in moments.items():
@@ -127,7 +129,7 @@ class Standardizers(nn.ModuleDict):
         return {t: {kind: self[t][kind](y) for kind, y in tokens.items()} for t, tokens in outputs.items()}
 
 
-# ---- the loss --------------------------------------------------------------------------------------------------------------
+# ---- the loss -----------------------------------------------------------------------------------------------------
 
 
 def distillation_loss(

@@ -4,12 +4,12 @@ Place in the data flow:  data.py -> [ student.py ] and teachers.py -> losses.py 
 
     tokens  = LayerNorm(ViT(image))              one summary (CLS) and N patch tokens, width D
     z[:m]   = the first m channels of a token    `truncate`, for every m in nested_dims (the last one is D)
-    h_{t,m} = adaptor head of teacher t at m     Linear(m, D), LayerNorm, GELU, Linear(D, D_t); one for the summary, one for the patches
+    h_{t,m} = adaptor head of teacher t at m     Linear(m, D), LayerNorm, GELU, Linear(D, D_t)
 
-`VisionTransformer` serves the students and every teacher. Its parameters are named as in timm's VisionTransformer, so weights
-go both ways without a key map. Sources: ViT (arXiv 2010.11929), registers (2309.16588), Matryoshka representation learning
-(2205.13147), adaptor heads as in RADIO (2312.06709). The layers of the head are our choice, not checked against the paper's
-method section.
+with one head for the summary and one for the patches. `VisionTransformer` serves the students and every teacher. Its
+parameters are named as in timm's VisionTransformer, so weights go both ways without a key map. Sources: ViT (arXiv
+2010.11929), registers (2309.16588), Matryoshka representation learning (2205.13147), adaptor heads as in RADIO
+(2312.06709). The layers of the head are our choice, not checked against the paper's method section.
 """
 
 import torch
@@ -67,7 +67,7 @@ class Mlp(nn.Module):
 class LayerScale(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        # DINOv2 starts at 1e-5 for stability over 10^5 steps; a short distillation would spend its budget on leaving that.
+        # our choice: DINOv2 starts at 1e-5, and a short distillation would spend its budget on leaving that
         self.gamma = nn.Parameter(torch.full((width,), 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,9 +95,9 @@ class VisionTransformer(nn.Module):
     """A plain ViT without a classification head.
 
     img_size, patch_size: pixels; width: D; mlp_width: rows of fc1; registers: extra tokens after CLS.
-    pos_on_prefix: whether pos_embed has rows for CLS and registers too (UNI, Virchow2) or for the patches only (DINOv2 reg4).
-    forward: normalised images (B, 3, img_size, img_size) -> tokens after the final norm (B, 1 + registers + N, D), in the
-    order CLS, registers, patches (row by row). Raises ValueError on images of another size.
+    pos_on_prefix: pos_embed has rows for CLS and registers too (UNI, Virchow2), or for the patches alone (DINOv2 reg4).
+    forward: normalised images (B, 3, img_size, img_size) -> tokens after the final norm (B, 1 + registers + N, D), in
+    the order CLS, registers, patches (row by row). Raises ValueError on images of another size.
     """
 
     def __init__(
@@ -184,8 +184,8 @@ def adaptor_head(dim: int, hidden: int, teacher_dim: int) -> nn.Module:
 class Student(nn.Module):
     """A ViT backbone with two adaptor heads (summary, patches) for every teacher at every nested dim.
 
-    arch: a name in STUDENTS or a dict of VisionTransformer arguments; teacher_dims: {teacher: D_t}; nested_dims: channels, each at
-    most D; D itself is always added. The heads serve training alone: what is kept and used afterwards is `backbone`.
+    arch: a name in STUDENTS or a dict of VisionTransformer arguments; teacher_dims: {teacher: D_t}; nested_dims:
+    channels, each at most D; D is always added. The heads serve training alone: what is used afterwards is `backbone`.
     """
 
     def __init__(self, arch: str | dict, teacher_dims: dict[str, int], nested_dims: list[int]):
@@ -194,9 +194,7 @@ class Student(nn.Module):
         D = self.backbone.width
         self.nested_dims = sorted({*nested_dims, D})
         if self.nested_dims[0] < 1 or self.nested_dims[-1] > D:
-            raise ValueError(
-                f"nested dims {self.nested_dims} do not fit a student of width {D}: each must be from 1 to {D}"
-            )
+            raise ValueError(f"nested dims {self.nested_dims} do not fit a student of width {D}: give 1 to {D}")
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
         self.register_buffer("mean", mean, persistent=False)  # not in the state dict: timm keeps them in its config too
         self.register_buffer("std", std, persistent=False)

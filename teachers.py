@@ -4,9 +4,9 @@ Place in the data flow:  data.py -> student.py and [ teachers.py ] -> losses.py 
 
     teacher(images in [0, 1]) -> {"summary": CLS (B, D_t), "patches": (B, N, D_t)}, resampled to the student's grid
 
-`TEACHERS` has one entry a teacher: architecture, normalisation, licence, where its weights are published. Every one is the
-ViT of student.py, loaded strictly. Published weights: facts from the model cards, checked on random weights in the published
-layout. Offline teachers: trained on first use with one of the two labels of synthetic tissue, and kept in the weights folder.
+`TEACHERS` has one entry a teacher: architecture, normalisation, licence, where its weights are published. Every one is
+the ViT of student.py, loaded strictly. Published weights: facts from the model cards, checked on random weights in the
+published layout. Offline teachers: trained on first use with one of the two labels of synthetic tissue, then kept.
 """
 
 import functools
@@ -67,10 +67,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: int | None = None) -> dict[str, Tensor]:
-        """Images (B, 3, H, W), uint8 or float in [0, 1] -> {"summary": (B, D_t), "patches": (B, N, D_t)}, N = grid * grid.
+        """Images (B, 3, H, W), uint8 or in [0, 1] -> {"summary": (B, D_t), "patches": (B, N, D_t)}, N = grid * grid.
 
-        Images of another size are resized to the teacher's (bicubic, antialiased). Where `grid` is not the teacher's own, its patch
-        map is resampled (bilinear), so that patch i of teacher and student is the same piece of tissue.
+        Images of another size are resized to the teacher's (bicubic, antialiased). Where `grid` is not the teacher's,
+        its patch map is resampled (bilinear), so that patch i of teacher and student is the same piece of tissue.
         """
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         size = self.vit.img_size
@@ -79,11 +79,9 @@ class Teacher(nn.Module):
         # the weights' dtype is the compute dtype: a frozen model needs no fp32 master copy and no autocast
         tokens = self.vit.split(self.vit(normalise(images, self.mean, self.std).to(self.vit.norm.weight.dtype)))
         if grid and grid != self.grid:
-            patches = (
-                tokens["patches"].float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
-            )  # (B, D_t, g, g)
-            patches = F.interpolate(patches, (grid, grid), mode="bilinear")
-            tokens["patches"] = patches.flatten(2).transpose(1, 2)  # (B, N, D_t)
+            patches = tokens["patches"].float().transpose(1, 2)  # (B, D_t, N)
+            patches = F.interpolate(patches.unflatten(2, (self.grid, self.grid)), (grid, grid), mode="bilinear")
+            tokens["patches"] = patches.flatten(2).transpose(1, 2)  # (B, grid * grid, D_t)
         return tokens
 
 
@@ -105,7 +103,7 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-# ---- weight files ------------------------------------------------------------------------------------------------------
+# ---- weight files -------------------------------------------------------------------------------------------------
 
 
 def read_weights(path: str | Path) -> dict:
@@ -115,7 +113,8 @@ def read_weights(path: str | Path) -> dict:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return content if isinstance(content, dict) else {"not a state dict": content}
     except ImportError:
         raise InputError(f"{path} needs the library safetensors: pip install safetensors") from None
     except pickle.UnpicklingError:
@@ -126,27 +125,27 @@ def read_weights(path: str | Path) -> dict:
 
 def find_weights(names: Iterable[str], weights_dir: str | Path = "weights") -> dict[str, Path]:
     """The file of every published teacher in `names`, found or fetched; one InputError names all that are missing."""
-    found, missing = {}, []
+    found, missing, why = {}, [], ""
     for name in names:
         spec = TEACHERS[name]
         if spec.task:
             continue
         local = [Path(weights_dir) / f"{name}.{suffix}" for suffix in ("safetensors", "bin", "pth", "pt")]
-        found[name], why = next((path for path in local if path.exists()), None), ""
-        if found[name] is None:
+        found[name] = next((path for path in local if path.exists()), None)
+        if found[name] is None and "LocalEntryNotFound" not in why:  # once out of reach, not tried for the next
             try:
                 import huggingface_hub
 
+                print(f"looking for {spec.file} of {spec.repo} on Hugging Face", flush=True)
+                huggingface_hub.logging.set_verbosity_error()  # its retries would bury the one line below
                 found[name] = Path(huggingface_hub.hf_hub_download(spec.repo, spec.file))
             except ImportError:
                 why = "huggingface_hub is not installed"
             except Exception as error:  # noqa: BLE001 - gated, offline, disk full: many types, and the same remedy
                 why = f"fetching failed: {type(error).__name__}"
-        if why:
-            put = f"put {spec.file} at {weights_dir}/{name}.bin"
-            missing.append(
-                f"{name}: request access to {spec.repo} on Hugging Face, {put} ({why}; licence {spec.licence})"
-            )
+        if found[name] is None:
+            where = f"put {spec.file} of {spec.repo} (Hugging Face; request access there) at {weights_dir}/{name}.bin"
+            missing.append(f"{name}: {where} ({why}; licence {spec.licence})")
     if missing:
         raise InputError(f"no weights for {'. '.join(missing)}. --weights-dir names another folder")
     return found
@@ -160,7 +159,7 @@ def load_teacher(
     steps: int = 500,
     seed: int = 0,
 ) -> Teacher:
-    """A frozen teacher, its weights held in `dtype`. steps, seed: the training of an offline teacher, done on first use.
+    """A frozen teacher, its weights held in `dtype`. steps, seed: training of an offline teacher, done on first use.
 
     InputError: unknown name, no weights, a file of another architecture, a damaged file.
     """
@@ -180,7 +179,7 @@ def load_teacher(
     return Teacher(name, vit.to(dtype)).to(device)
 
 
-# ---- offline teachers --------------------------------------------------------------------------------------------------
+# ---- offline teachers ---------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)  # both offline teachers learn from the same tiles

@@ -1,16 +1,16 @@
 """Train one small student on several frozen teachers, at every nested dim at once.
 
-    python train.py                                       the offline demo: synthetic tissue, two offline teachers, CPU, minutes
-    python train.py --data tiles/                         the same teachers on your own tiles
-    python train.py --teachers uni,virchow --data tiles/  published teachers; says how to get the weights if they are missing
+    python train.py                                       the offline demo: synthetic tissue, CPU, minutes
+    python train.py --data tiles/ --out runs/tiles        the same teachers on your own tiles
+    python train.py --teachers uni,virchow --data tiles/  published teachers; says how to get missing weights
     torchrun --nproc-per-node 8 train.py ...              the same script on many GPUs
     python train.py --resume runs/demo                    go on where a run stopped
 
 Place in the data flow:  data.py -> student.py and teachers.py -> losses.py -> [ train.py ] -> evaluate.py
 
-One step: tiles -> frozen teachers -> standardised targets -> student -> nested loss -> backward, clip, AdamW. A run folder
-holds last.pt (all that a resume needs), student.pt (the backbone alone, loads into timm) and log.jsonl. Optimiser, schedule
-and sizes are our choice, not checked against the paper's method section; vit_b and vit_s defaults were not trained out here.
+One step: tiles -> frozen teachers -> standardised targets -> student -> nested loss -> backward, clip, AdamW. A run
+folder holds last.pt (all that a resume needs), student.pt (the backbone, loads into timm) and log.jsonl. Optimiser,
+schedule and sizes are our choice, not checked against the paper's method section; vit_b and vit_s were not trained out.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Distiller(nn.Module):
         return nested_loss(self.student, self.student(images), targets)
 
 
-# ---- flags -------------------------------------------------------------------------------------------------------------
+# ---- flags --------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,9 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher-seed", type=at_least(0), help="of the offline teachers (default: 0)")
     add("--weights-dir", help="where teachers' weights are looked for and kept (default: weights)")
     add("--workers", type=at_least(0), help="processes that read tiles (default: 8 for each GPU, 0 on a CPU)")
-    add(
-        "--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: auto, on CUDA bf16 or fp16, else fp32)"
-    )
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 or fp16 on CUDA, else fp32 (default)")
     add("--device", help="cuda, mps or cpu (default: the best at hand)")
     add("--compile", action="store_true", default=None, help="torch.compile student and loss; for long GPU runs")
     add("--save-every", type=count, help="steps between checkpoints (default: by student)")
@@ -94,16 +92,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if folder := given.pop("resume", None):
         if not (Path(folder) / "last.pt").exists():
             raise InputError(f"--resume: {folder}/last.pt does not exist; give the folder of a run")
-        stored = read_weights(Path(folder) / "last.pt")["args"]
+        stored = read_weights(Path(folder) / "last.pt").get("args")
+        if not stored:
+            raise InputError(f"--resume: {folder}/last.pt is no checkpoint of train.py; give the folder of a run")
         for key, value in given.items():
             if key not in MAY_CHANGE and value != stored[key]:
                 flag = key.replace("_", "-")
                 raise InputError(f"--{flag}: this run has {stored[key]}; leave the flag out, or begin anew with --out")
         return argparse.Namespace(**{**stored, **given, "out": folder, "resume": True})
 
-    args = {"teachers": OFFLINE, "data": None, "stop_at": None, "accumulate": 1, "seed": 0, "standardize": "phi-s"}
-    args |= {"stats_tiles": None, "teacher_steps": 500, "teacher_seed": 0, "weights_dir": "weights", "workers": None}
-    args |= {"precision": "auto", "device": None, "compile": False, "log_every": 50, "resume": False, **given}
+    args = {
+        "teachers": OFFLINE,
+        "accumulate": 1,
+        "seed": 0,
+        "standardize": "phi-s",
+        "precision": "auto",
+        "compile": False,
+    }
+    args |= {"teacher_steps": 500, "teacher_seed": 0, "weights_dir": "weights", "log_every": 50, "resume": False}
+    args |= dict.fromkeys(("data", "stop_at", "stats_tiles", "workers", "device")) | given
     check_names(args["teachers"])
     published = [name for name in args["teachers"] if name not in OFFLINE]
     args.setdefault("student", "vit_b" if published else "toy")
@@ -124,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return argparse.Namespace(**args)
 
 
-# ---- what a run is made of ---------------------------------------------------------------------------------------------
+# ---- what a run is made of ----------------------------------------------------------------------------------------
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -152,7 +159,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def say(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0":  # process 0 alone
         print(message, flush=True)
 
 
@@ -160,16 +167,7 @@ def count(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.3f} M parameters"
 
 
-def cache_outputs(images: Tensor, teach) -> dict[str, dict[str, Tensor]]:
-    """Teachers' outputs in fp16 for images (n, 3, H, W): {teacher: {"summary": (n, D_t), "patches": (n, N, D_t)}}."""
-    chunks, kinds = images.split(64), ("summary", "patches")
-    outputs = []
-    for chunk in progress(chunks, "teachers' outputs, computed once", len(chunks)):
-        outputs.append({t: {kind: y.half().cpu() for kind, y in tokens.items()} for t, tokens in teach(chunk).items()})
-    return {t: {kind: torch.cat([o[t][kind] for o in outputs]) for kind in kinds} for t in outputs[0]}
-
-
-# ---- the run -----------------------------------------------------------------------------------------------------------
+# ---- the run ------------------------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> None:
@@ -218,10 +216,10 @@ def train(args: argparse.Namespace) -> None:
         return {name: teacher(images.to(device, non_blocking=True), grid) for name, teacher in teachers.items()}
 
     # The demo goes over few tiles many times, so its teachers run once on each. Otherwise they run in every step.
-    demo = not args.data and all(name in OFFLINE for name in args.teachers)
+    demo = not args.data and args.student == "toy"
     if demo:
         images = tiles.draw(min(DEMO_TILES, args.steps * args.batch_size))["image"]
-        tiles = data.CachedTiles(images, cache_outputs(images, teach), args.seed)
+        tiles = data.CachedTiles(images, teach, args.seed)
     workers = args.workers if args.workers is not None else 8 if device.type == "cuda" and not demo else 0
     skipped = data.Skipped(len(tiles.files) if args.data else 1)
 
@@ -232,7 +230,6 @@ def train(args: argparse.Namespace) -> None:
     # Statistics of the targets: measured once, by process 0, then frozen
     if checkpoint:
         load_strictly(standardizers, checkpoint["standardizers"], f"{out}/last.pt")
-        standardizers.to(device)
     elif not rank:
         n = args.stats_tiles or (64 if device.type == "cpu" and not set(args.teachers) <= set(OFFLINE) else 1024)
         loader = data.batches(tiles, range(n), min(n, args.batch_size), workers)
@@ -270,7 +267,8 @@ def train(args: argparse.Namespace) -> None:
     ks = range(start * args.batch_size + rank, stop * args.batch_size, world)
     micro_batch = args.batch_size // (world * args.accumulate)
     loader = iter(data.batches(tiles, ks, micro_batch, workers, pin=device.type == "cuda"))
-    began = logged = time.monotonic()
+    logged, logged_at = start, time.monotonic()
+    began = logged_at
     for step in range(start, stop):
         lr = learning_rate(step, args.steps, args.lr)
         for group in optimizer.param_groups:
@@ -289,18 +287,21 @@ def train(args: argparse.Namespace) -> None:
         if world > 1:
             dist.all_reduce(total)
             total /= world
-        if not math.isfinite(total.item()):  # the same on every process, so all leave together, before any update
-            raise InputError(f"--lr: loss not finite at step {step + 1}; {out}/last.pt keeps the last good checkpoint")
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        norm = nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        # The same on every process, so all leave together, before any update; where fp16 overflows the scaler skips.
+        if not math.isfinite(total.item()) or not (scaler.is_enabled() or math.isfinite(norm.item())):
+            raise InputError(f"--lr: loss not finite at step {step + 1}; {out}/last.pt keeps the last good checkpoint")
         scaler.step(optimizer)
         scaler.update()
         done = step + 1
         if done % args.log_every == 0 or done == stop:
-            now, tiles_done = time.monotonic(), ((step - start) % args.log_every + 1) * args.batch_size
+            now = time.monotonic()
+            rate = (done - logged) * args.batch_size / (now - logged_at)
             eta = (stop - done) * (now - began) / (done - start)
-            log(args, done, total.item(), lr, tiles_done / (now - logged), eta, parts)
-            logged = now
+            logged, logged_at = done, now
+            if not rank:
+                log(args, done, total.item(), lr, rate, eta, parts)
         if done % args.save_every == 0 or done == stop:
             save(done)
 
@@ -311,9 +312,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def log(args: argparse.Namespace, done: int, loss: float, lr: float, rate: float, eta: float, parts: dict) -> None:
-    """One line on screen, one in log.jsonl, by process 0: cosines at the largest/smallest dim, of its last batch."""
-    if os.environ.get("RANK", "0") != "0":
-        return
+    """One line on screen, one in log.jsonl: cosines at the largest/smallest dim, of process 0's last batch."""
     cosines, text = {}, ""
     for t in args.teachers:
         for key, word in (("summary_cos", f"  {t} summary"), ("patch_cos", " patches")):

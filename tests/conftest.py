@@ -1,4 +1,4 @@
-"""Shared by all tests: the repo on the path, a missing oracle that says so, tiny offline teachers, tiny folders of tiles."""
+"""Shared by all tests: the repo on the path, a missing oracle that says so, tiny teachers, tiny folders of tiles."""
 
 import importlib
 import os

@@ -59,12 +59,17 @@ def test_a_view_is_a_piece_of_the_tile_at_native_scale_in_all_eight_poses(tmp_pa
 
 
 def test_cached_tiles_keep_images_and_outputs_together():
-    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 4, 4)
-    outputs = {"a": {"summary": torch.arange(6.0).view(6, 1), "patches": torch.arange(6.0).view(6, 1, 1)}}
-    batch = next(iter(batches(CachedTiles(images, outputs, seed=1), range(6), 6)))
-    assert sorted(batch["image"][:, 0, 0, 0].tolist()) == list(range(6))
+    images = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(100, 3, 4, 4)
+
+    def teach(chunk):
+        first = chunk[:, 0, 0, 0].float() + 0.1  # 0.1 is no fp16 number
+        return {"a": {"summary": first[:, None], "patches": first[:, None, None].expand(-1, 5, 2)}}
+
+    batch = next(iter(batches(CachedTiles(images, teach, seed=1), range(100), 100)))
+    assert sorted(batch["image"][:, 0, 0, 0].tolist()) == list(range(100))
     for kind in ("summary", "patches"):
-        assert torch.equal(batch["outputs"]["a"][kind].flatten(), batch["image"][:, 0, 0, 0].float())
+        outputs = batch["outputs"]["a"][kind]
+        assert torch.equal(outputs.flatten(1)[:, 0], (batch["image"][:, 0, 0, 0].float() + 0.1).half())
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp", "PNG"])

@@ -1,4 +1,4 @@
-"""The loop: resuming, processes and accumulation change nothing; bad input ends in one line; the student loads into timm."""
+"""The loop: resuming, processes, accumulation change nothing; bad input ends in one line; students load into timm."""
 
 import json
 import os
@@ -191,7 +191,7 @@ BAD = {
     "--stats-tiles 1": "--stats-tiles",
     "--standardize pca": "--standardize",
     "--step 5": "--step",  # no abbreviations: --step is neither --steps nor --stop-at
-    "--teachers uni,virchow": "no weights for uni: request access to MahmoodLab/UNI",
+    "--teachers uni,virchow": "no weights for uni: put pytorch_model.bin of MahmoodLab/UNI",
 }
 
 
