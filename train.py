@@ -60,32 +60,36 @@ class Distiller(nn.Module):
 # ---- flags --------------------------------------------------------------------------------------------------------
 
 
+def by_student(key: str) -> str:
+    return "default: " + ", ".join(f"{student} {values[key]}" for student, values in DEFAULTS.items())
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags over a resumed run's stored arguments over the defaults. InputError on what does not fit together."""
     parser = OneLineParser("train.py", __doc__)
     add, count, offline = parser.add_argument, at_least(1), ",".join(OFFLINE)
     add("--teachers", type=name_list, help=f"comma-separated, of {', '.join(TEACHERS)} (default: {offline})")
     add("--student", choices=STUDENTS, help="(default: toy with offline teachers alone, otherwise vit_b)")
-    add("--dims", type=dim_list, help="nested dims; the student's width is always one of them (default: by student)")
+    add("--dims", type=dim_list, help=f"nested dims; the student's width is always one ({by_student('dims')})")
     add("--data", help="a folder tree of tiles (png, jpg, tif, bmp, webp); without it synthetic tissue is drawn")
-    add("--steps", type=count, help="optimiser steps; fixes the schedule (default: by student)")
+    add("--steps", type=count, help=f"optimiser steps; fixes the schedule ({by_student('steps')})")
     add("--stop-at", type=count, help="stop after this step with a checkpoint; the schedule stays that of --steps")
-    add("--batch-size", type=count, help="tiles in one optimiser step, over all processes (default: by student)")
-    add("--accumulate", type=count, help="passes to split a step into, when memory is short (default: 1)")
-    add("--lr", type=float, help="peak learning rate; lower it if the loss is not finite (default: by student)")
+    add("--batch-size", type=count, help=f"tiles in a step, over all processes ({by_student('batch_size')})")
+    add("--accumulate", type=count, help="split a step into so many passes when memory is short (default: 1)")
+    add("--lr", type=float, help=f"peak rate; lower it if the loss is not finite ({by_student('lr')})")
     add("--seed", type=at_least(0), help="of student, order of tiles and synthetic tissue (default: 0)")
     add("--out", help="run folder (default: runs/demo with offline teachers, otherwise runs/TEACHERS-STUDENT)")
     add("--resume", metavar="DIR", help="go on with this run; its arguments are restored")
-    add("--standardize", choices=["phi-s", "channel", "none"], help="how targets are normalised (default: phi-s)")
-    add("--stats-tiles", type=at_least(2), help="for target statistics (default: 1024, or 64: published, on a CPU)")
+    add("--standardize", choices=["phi-s", "channel", "none"], help="of the targets (default: phi-s)")
+    add("--stats-tiles", type=at_least(2), help="for target statistics (default: 1024; published on a CPU: 64)")
     add("--teacher-steps", type=count, help="training of the offline teachers (default: 500)")
     add("--teacher-seed", type=at_least(0), help="of the offline teachers (default: 0)")
     add("--weights-dir", help="where teachers' weights are looked for and kept (default: weights)")
-    add("--workers", type=at_least(0), help="processes that read tiles (default: 8 for each GPU, 0 on a CPU)")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 or fp16 on CUDA, else fp32 (default)")
+    add("--workers", type=at_least(0), help="that read tiles; more if a GPU waits (default: 8 a GPU, 0 on a CPU)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="auto (default): bf16 or fp16 on CUDA, else fp32")
     add("--device", help="cuda, mps or cpu (default: the best at hand)")
     add("--compile", action="store_true", default=None, help="torch.compile student and loss; for long GPU runs")
-    add("--save-every", type=count, help="steps between checkpoints (default: by student)")
+    add("--save-every", type=count, help=f"steps between checkpoints ({by_student('save_every')})")
     add("--log-every", type=count, help="steps between log lines (default: 50)")
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
 
@@ -251,8 +255,6 @@ def train(args: argparse.Namespace) -> None:
         model = DistributedDataParallel(model, broadcast_buffers=False)
 
     def save(step: int) -> None:
-        if rank:
-            return
         parts = {"student": student, "standardizers": standardizers, "optimizer": optimizer, "scaler": scaler}
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"step": step, "args": vars(args) | {"stop_at": None}, "tiles": fingerprint}
@@ -262,7 +264,7 @@ def train(args: argparse.Namespace) -> None:
         data.save_atomically({"state_dict": student.backbone.state_dict(), "config": config}, out / "student.pt")
 
     # The loop
-    if not checkpoint:
+    if not checkpoint and not rank:
         save(0)  # a run can be resumed from its first moment, with the same targets
     ks = range(start * args.batch_size + rank, stop * args.batch_size, world)
     micro_batch = args.batch_size // (world * args.accumulate)
@@ -295,14 +297,13 @@ def train(args: argparse.Namespace) -> None:
         scaler.step(optimizer)
         scaler.update()
         done = step + 1
-        if done % args.log_every == 0 or done == stop:
+        if not rank and (done % args.log_every == 0 or done == stop):
             now = time.monotonic()
             rate = (done - logged) * args.batch_size / (now - logged_at)
             eta = (stop - done) * (now - began) / (done - start)
             logged, logged_at = done, now
-            if not rank:
-                log(args, done, total.item(), lr, rate, eta, parts)
-        if done % args.save_every == 0 or done == stop:
+            log(args, done, total.item(), lr, rate, eta, parts)
+        if not rank and (done % args.save_every == 0 or done == stop):
             save(done)
 
     if stop < args.steps:
