@@ -115,6 +115,16 @@ def test_two_processes_with_accumulation_equal_one(tmp_path, weights_dir, tiles,
     assert moved.abs().max() > 1e-3  # the tolerance is far below what five steps change
 
 
+def test_accumulated_gradients_are_the_mean_over_the_whole_batch(tmp_path, run, tiles, monkeypatch):
+    """AdamW and clipping hide a wrong scale, so the optimiser's own running mean of gradients is compared, unclipped."""
+    monkeypatch.setattr(train, "CLIP", 1e9)
+    for accumulate in (1, 4):
+        run(*TINY, "--steps", 1, "--data", tiles, "--accumulate", accumulate, "--out", tmp_path / str(accumulate))
+    one, four = (checkpoint(tmp_path / name)["optimizer"]["state"] for name in ("1", "4"))
+    for key, state in one.items():
+        torch.testing.assert_close(state["exp_avg"], four[key]["exp_avg"], rtol=1e-3, atol=1e-6)
+
+
 def test_log_and_student_file(tmp_path, run, capsys):
     run(*TINY, "--steps", 4, "--log-every", 2, "--out", tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
