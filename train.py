@@ -322,7 +322,7 @@ def log(args: argparse.Namespace, done: int, loss: float, lr: float, rate: float
             text += f"{word} {large:.2f}/{small:.2f}"
     with open(Path(args.out) / "log.jsonl", "a") as file:
         file.write(json.dumps({"step": done, "loss": loss, "lr": lr, "tiles_per_s": rate, "cosines": cosines}) + "\n")
-    say(f"step {done}/{args.steps}  loss {loss:.3f}{text}  lr {lr:.1e}  {rate:.0f} tiles/s  ETA {eta:.0f} s")
+    say(f"step {done}/{args.steps}  loss {loss:.3f}{text}  lr {lr:.1e}  {rate:.3g} tiles/s  ETA {eta:.0f} s")
 
 
 def finish(out: Path, student: Student, teachers: dict, seed: int) -> None:
@@ -332,11 +332,13 @@ def finish(out: Path, student: Student, teachers: dict, seed: int) -> None:
         rows = evaluate.report({**models, "student": (student, student.nested_dims)}, [out], None, seed)
         smaller = 1 - rows[-1]["parameters"] / min(row["parameters"] for row in rows[: len(teachers)])
         print(f"\nThe student is {100 * smaller:.1f} % smaller than each of its teachers.")
-    print(f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out}")
+    print(
+        f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out} --data labelled/    train/CLASS/* and test/CLASS/*"
+    )
     if teachers:
-        print("  python train.py --teachers toy_cells --out runs/cells    what a student of one teacher lacks")
-        print("  python train.py --data tiles/ --out runs/tiles           the same teachers on your own tiles")
-        print("  python train.py --teachers uni,virchow --data tiles/     published teachers")
+        print("  python train.py --teachers toy_cells --out runs/cells      what a student of one teacher lacks")
+        print("  python train.py --data tiles/ --out runs/tiles             the same teachers on your own tiles")
+        print("  python train.py --teachers uni,virchow --data tiles/       published teachers")
 
 
 def main() -> None:
