@@ -332,9 +332,8 @@ def finish(out: Path, student: Student, teachers: dict, seed: int) -> None:
         rows = evaluate.report({**models, "student": (student, student.nested_dims)}, [out], None, seed)
         smaller = 1 - rows[-1]["parameters"] / min(row["parameters"] for row in rows[: len(teachers)])
         print(f"\nThe student is {100 * smaller:.1f} % smaller than each of its teachers.")
-    print(
-        f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out} --data labelled/    train/CLASS/* and test/CLASS/*"
-    )
+    print(f"\nSaved {out}/student.pt. Next:")
+    print(f"  python evaluate.py {out} --data labelled/    train/CLASS/* and test/CLASS/*")
     if teachers:
         print("  python train.py --teachers toy_cells --out runs/cells      what a student of one teacher lacks")
         print("  python train.py --data tiles/ --out runs/tiles             the same teachers on your own tiles")
