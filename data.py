@@ -55,8 +55,16 @@ def save_atomically(content: dict, path: str | Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(f"cannot write {path}: {error}; free some space or choose another folder") from None
+
+
+def make_folder(folder: str | Path, flag: str) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag}: cannot make the folder {folder}: {error.strerror}; choose another") from None
 
 
 # ---- synthetic tissue ---------------------------------------------------------------------------------------------
@@ -211,8 +219,11 @@ def list_tiles(root: str | Path, flag: str = "--data") -> list[str]:
     """Relative paths of all images under a folder, sorted. InputError where there is none."""
     if not os.path.isdir(root):
         raise InputError(f"{flag}: {root} is not a folder; give a folder of tiles")
-    found = []
-    for folder, _, names in os.walk(root):
+    found, seen = [], set()
+    for folder, _, names in os.walk(root, followlinks=True):  # labelled folders are often made of links
+        if (real := os.path.realpath(folder)) in seen:  # a circle of links, or a folder linked twice
+            continue
+        seen.add(real)
         for name in names:
             if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):  # "._x.png": macOS metadata
                 found.append(os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/"))

@@ -125,11 +125,17 @@ class OneLineParser(argparse.ArgumentParser):
 
 def at_least(smallest: int) -> Callable[[str], int]:
     def whole_number(text: str) -> int:
-        if int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text} is below {smallest}")
+        if not text.strip().isdecimal() or not smallest <= int(text) < 2**62:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {smallest} on")
         return int(text)
 
     return whole_number
+
+
+def path(text: str) -> str:
+    if not text:  # an unset variable of the shell; without this check the default would be taken in silence
+        raise argparse.ArgumentTypeError("it is empty; give a path")
+    return text
 
 
 def name_list(text: str) -> list[str]:
@@ -147,11 +153,19 @@ def run_main(main: Callable[[], None]) -> None:
     except InputError as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        sys.exit(130)
 
 
 def report(models: Models, runs: list[Path], data: str | None, seed: int) -> list[dict]:
     """Evaluate, print the table, and add it to the results.json of each run; what it holds on other data stays."""
-    size = max(model.backbone.img_size for model, _ in models.values() if isinstance(model, Student))
+    sizes = {model.backbone.img_size for model, _ in models.values() if isinstance(model, Student)}
+    if len(sizes) > 1:
+        raise InputError(
+            f"students of {sizes} px cannot stand side by side: they see other images; evaluate each alone"
+        )
+    size = sizes.pop()
     if data:
         train = LabelledTiles(data, "train", size)
         test = LabelledTiles(data, "test", size, train.classes)
@@ -160,14 +174,18 @@ def report(models: Models, runs: list[Path], data: str | None, seed: int) -> lis
     else:
         rows = knn_rows(models, *(synthetic_tiles(stream, N_TILES, seed, size) for stream in ("bank", "test")))
     print("\n" + table(rows) + ("\n\n" + table(rows, "balanced_accuracy") if data else ""))
-    protocol = f"kNN, k = {K}, cosine, votes exp(similarity / {TEMPERATURE}); shorter side to {size} px, centre crop"
+    view = f"shorter side to {size} px, centre crop" if data else f"drawn at {size} px"
+    protocol = f"kNN, k = {K}, cosine, votes exp(similarity / {TEMPERATURE}); tiles: {view}"
     result = {"protocol": protocol, "seed": seed, "torch": torch.__version__, "rows": rows}
     for run in runs:
-        path = (run if run.is_dir() else run.parent) / "results.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**results, data or "synthetic tissue": result}, indent=1))
-        os.replace(temporary, path)
+        file = (run if run.is_dir() else run.parent) / "results.json"
+        try:
+            results = json.loads(file.read_text()) if file.exists() else {}
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps({**results, data or "synthetic tissue": result}, indent=1))
+            os.replace(temporary, file)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} cannot be read or written: {error}; move it, or free the folder") from None
     return rows
 
 
@@ -175,20 +193,23 @@ def main() -> None:
     parser = OneLineParser("evaluate.py", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run folder or a student.pt; several stand side by side")
-    add("--data", help="a labelled folder, train/CLASS/* and test/CLASS/* (default: synthetic tissue)")
+    add("--data", type=path, help="a labelled folder, train/CLASS/* and test/CLASS/* (default: synthetic tissue)")
     add("--dims", type=dim_list, help="comma-separated (default: each run's nested dims)")
     add("--teachers", type=name_list, help="beside the runs, '' for none (default: offline ones of the last run)")
     add("--seed", type=at_least(0), default=0, help="of the synthetic tissue (default: 0)")
     add("--device", help="cuda, mps or cpu (default: the best at hand)")
     add("--weights-dir", default="weights", help="where teachers' weights are looked for and kept (default: weights)")
     args = parser.parse_args()
-    device = choose_device(args.device)
+    device, _ = choose_device(args.device)
 
     models = {}
     for run in args.runs:
         student, config = load_student(run, device)
         if args.dims and args.dims[-1] > student.backbone.width:
-            raise InputError(f"--dims: {args.dims[-1]} is above the width {student.backbone.width} of {run}")
+            width = student.backbone.width
+            raise InputError(f"--dims: {args.dims[-1]} is above the width of {run}; give dims up to {width}")
+        if config["step"] < config["steps"]:
+            print(f"note: {run} has done {config['step']} of its {config['steps']} steps")
         models[run] = (student, args.dims or student.nested_dims)
     offline = [name for name in config["teachers"] if name in OFFLINE]
     for name in offline if args.teachers is None else args.teachers:

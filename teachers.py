@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import CELLS, TASKS, TISSUE_VERSION, TISSUES, InputError, TissueTiles, progress, save_atomically
+from data import CELLS, TASKS, TISSUE_VERSION, TISSUES, InputError, TissueTiles, make_folder, progress, save_atomically
 from student import IMAGENET, VisionTransformer, load_strictly, normalise
 
 
@@ -33,7 +33,7 @@ class TeacherSpec:
     norm: tuple = IMAGENET  # mean, std
     repo: str = ""  # on Hugging Face
     file: str = "pytorch_model.bin"  # in that repo
-    task: str = ""  # offline teachers: the label of synthetic tissue that it knows
+    task: str = ""  # offline teachers: the label of synthetic tissue that it knows, of data.TASKS
 
 
 PATCH16, PATCH14 = {"img_size": 224, "patch_size": 16}, {"img_size": 224, "patch_size": 14}
@@ -91,16 +91,22 @@ def check_names(names: list[str]) -> None:
         raise InputError(f"--teachers: no teacher is called '{unknown[0]}'; choose from {', '.join(TEACHERS)}")
 
 
-def choose_device(name: str | None) -> torch.device:
-    """--device, or the best at hand; on CUDA the GPU of this process."""
+def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.device, torch.dtype]:
+    """--device, or the best at hand (on CUDA the GPU of this process), and the compute dtype of --precision on it."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise InputError(f"--device: {name} is not to be had on this machine; use cpu, cuda or mps") from None
-    return device
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(f"--precision fp16 needs CUDA; use fp32 or bf16 on {device.type}")
+    if precision == "auto" and device.type == "cuda":  # T4 and V100 only emulate bf16, slowly
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 # ---- weight files -------------------------------------------------------------------------------------------------
@@ -118,9 +124,11 @@ def read_weights(path: str | Path) -> dict:
     except ImportError:
         raise InputError(f"{path} needs the library safetensors: pip install safetensors") from None
     except pickle.UnpicklingError:
-        raise InputError(f"{path} is refused: not a weights file, or one with objects that could run code") from None
+        raise InputError(
+            f"{path} is refused: no weights file, or objects in it could run code; put the right file there"
+        ) from None
     except Exception as error:  # noqa: BLE001 - a damaged file raises many types
-        raise InputError(f"{path} is damaged ({type(error).__name__}); get it again from its source") from None
+        raise InputError(f"{path} is damaged ({type(error).__name__}); put a whole copy there") from None
 
 
 def find_weights(names: Iterable[str], weights_dir: str | Path = "weights") -> dict[str, Path]:
@@ -147,7 +155,7 @@ def find_weights(names: Iterable[str], weights_dir: str | Path = "weights") -> d
             where = f"put {spec.file} of {spec.repo} (Hugging Face; request access there) at {weights_dir}/{name}.bin"
             missing.append(f"{name}: {where} ({why}; licence {spec.licence})")
     if missing:
-        raise InputError(f"no weights for {'. '.join(missing)}. --weights-dir names another folder")
+        raise InputError(f"no weights for {'. '.join(missing)}. With access, hf auth login lets them be fetched")
     return found
 
 
@@ -170,6 +178,7 @@ def load_teacher(
             Path(weights_dir) / f"{name}-v{TISSUE_VERSION}-{steps}-{seed}.pt"
         )  # one file a recipe: none poisons another
         if not path.exists():
+            make_folder(weights_dir, "--weights-dir")  # better refused before the training than after it
             save_atomically(train_offline_teacher(name, steps, seed, device), path)
     else:
         path = find_weights([name], weights_dir)[name]

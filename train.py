@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 from data import InputError, progress
-from evaluate import OneLineParser, at_least, dim_list, name_list, run_main
+from evaluate import OneLineParser, at_least, dim_list, name_list, path, run_main
 from losses import Standardizers, nested_loss
 from student import STUDENTS, Student, load_strictly
 from teachers import OFFLINE, TEACHERS, check_names, choose_device, find_weights, load_teacher, read_weights
@@ -71,20 +71,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teachers", type=name_list, help=f"comma-separated, of {', '.join(TEACHERS)} (default: {offline})")
     add("--student", choices=STUDENTS, help="(default: toy with offline teachers alone, otherwise vit_b)")
     add("--dims", type=dim_list, help=f"nested dims; the student's width is always one ({by_student('dims')})")
-    add("--data", help="a folder tree of tiles (png, jpg, tif, bmp, webp); without it synthetic tissue is drawn")
+    add("--data", type=path, help="a folder tree of tiles (png, jpg, tif, bmp, webp); without it tissue is drawn")
     add("--steps", type=count, help=f"optimiser steps; fixes the schedule ({by_student('steps')})")
     add("--stop-at", type=count, help="stop after this step with a checkpoint; the schedule stays that of --steps")
     add("--batch-size", type=count, help=f"tiles in a step, over all processes ({by_student('batch_size')})")
     add("--accumulate", type=count, help="split a step into so many passes when memory is short (default: 1)")
     add("--lr", type=float, help=f"peak rate; lower it if the loss is not finite ({by_student('lr')})")
     add("--seed", type=at_least(0), help="of student, order of tiles and synthetic tissue (default: 0)")
-    add("--out", help="run folder (default: runs/demo with offline teachers, otherwise runs/TEACHERS-STUDENT)")
-    add("--resume", metavar="DIR", help="go on with this run; its arguments are restored")
+    add("--out", type=path, help="run folder (default: runs/demo, with published ones runs/TEACHERS-STUDENT)")
+    add("--resume", type=path, metavar="DIR", help="go on with this run; its arguments are restored")
     add("--standardize", choices=["phi-s", "channel", "none"], help="of the targets (default: phi-s)")
     add("--stats-tiles", type=at_least(2), help="for target statistics (default: 1024; published on a CPU: 64)")
     add("--teacher-steps", type=count, help="training of the offline teachers (default: 500)")
     add("--teacher-seed", type=at_least(0), help="of the offline teachers (default: 0)")
-    add("--weights-dir", help="where teachers' weights are looked for and kept (default: weights)")
+    add("--weights-dir", help="where weights are looked for, and offline teachers kept (default: weights)")
     add("--workers", type=at_least(0), help="that read tiles; more if a GPU waits (default: 8 a GPU, 0 on a CPU)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="auto (default): bf16 or fp16 on CUDA, else fp32")
     add("--device", help="cuda, mps or cpu (default: the best at hand)")
@@ -100,10 +100,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if not stored:
             raise InputError(f"--resume: {folder}/last.pt is no checkpoint of train.py; give the folder of a run")
         for key, value in given.items():
+            value = sorted({*value, stored["dims"][-1]}) if key == "dims" else value
             if key not in MAY_CHANGE and value != stored[key]:
                 flag = key.replace("_", "-")
-                raise InputError(f"--{flag}: this run has {stored[key]}; leave the flag out, or begin anew with --out")
-        return argparse.Namespace(**{**stored, **given, "out": folder, "resume": True})
+                raise InputError(f"--{flag}: this run has {stored[key]}; leave the flag out, or do not --resume")
+        return argparse.Namespace(**{**stored, **given, "dims": stored["dims"], "out": folder, "resume": True})
 
     args = {
         "teachers": OFFLINE,
@@ -127,7 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args["dims"][-1] > width:
         raise InputError(f"--dims: {args['dims'][-1]} is above the width of {args['student']}; give dims up to {width}")
     if not 0 < args["lr"] < math.inf:
-        raise InputError(f"--lr: {args['lr']} is not a positive number")
+        raise InputError(f"--lr: {args['lr']} is not a positive number; try {DEFAULTS[args['student']]['lr']}")
     out = args["out"]
     if any((Path(out) / name).exists() for name in ("last.pt", "student.pt", "log.jsonl")):
         free = next(f"{out}-{i}" for i in range(2, 10**6) if not Path(f"{out}-{i}").exists())
@@ -136,14 +137,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---- what a run is made of ----------------------------------------------------------------------------------------
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "fp16" and device.type != "cuda":
-        raise InputError(f"--precision fp16 needs CUDA; use fp32 or bf16 on {device.type}")
-    if precision == "auto" and device.type == "cuda":  # T4 and V100 emulate bf16, slowly
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def parameter_groups(student: nn.Module) -> list[dict]:
@@ -176,14 +169,13 @@ def count(module: nn.Module) -> str:
 
 def train(args: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-    device, out = choose_device(args.device), Path(args.out)
-    dtype = compute_dtype(args.precision, device)
+    (device, dtype), out = choose_device(args.device, args.precision), Path(args.out)
     if args.batch_size % (world * args.accumulate):
-        raise InputError(f"--batch-size: {args.batch_size} does not divide by {world} processes x --accumulate")
+        raise InputError(f"--batch-size: make {args.batch_size} a multiple of {world} processes x --accumulate")
     checkpoint = read_weights(out / "last.pt") if args.resume else None
     start, stop = checkpoint["step"] if checkpoint else 0, min(args.stop_at or args.steps, args.steps)
     if start >= stop:
-        return say(f"{out} has done {start} of {args.steps} steps: nothing to do. Next: python evaluate.py {out}")
+        return say(f"{out} has done {start} of {args.steps} steps: nothing to do up to step {stop}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -199,7 +191,7 @@ def train(args: argparse.Namespace) -> None:
     tiles = data.FolderTiles(args.data, size, args.seed) if args.data else data.TissueTiles("distil", args.seed, size)
     fingerprint = tiles.fingerprint() if args.data else None
     if checkpoint and fingerprint != checkpoint["tiles"]:
-        raise InputError(f"--data: {args.data} does not hold the tiles this run began with, {checkpoint['tiles']}")
+        raise InputError(f"--data: {args.data} does not hold the tiles this run began with; give the same folder")
     if args.data and not rank and (small := tiles.count_small())[0]:
         print(f"warning: {small[0]} of {small[1]} tiles are smaller than {size} px and get enlarged", file=sys.stderr)
 
@@ -208,6 +200,7 @@ def train(args: argparse.Namespace) -> None:
     if rank:
         dist.barrier()  # process 0 goes first: it makes or fetches what the others then find
     find_weights(args.teachers, args.weights_dir)  # names every missing teacher at once
+    data.make_folder(out, "--out")
     teachers = {name: load_teacher(name, args.weights_dir, device, dtype, **recipe) for name in args.teachers}
     if world > 1 and not rank:
         dist.barrier()
@@ -249,18 +242,24 @@ def train(args: argparse.Namespace) -> None:
     if checkpoint:
         load_strictly(student, checkpoint["student"], f"{out}/last.pt")
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty where the run so far needed no scaler
+            scaler.load_state_dict(checkpoint["scaler"])
     model = torch.compile(Distiller(student)) if args.compile else Distiller(student)
     if world > 1:
-        model = DistributedDataParallel(model, broadcast_buffers=False)
+        model = DistributedDataParallel(model)
 
     def save(step: int) -> None:
         parts = {"student": student, "standardizers": standardizers, "optimizer": optimizer, "scaler": scaler}
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"step": step, "args": vars(args) | {"stop_at": None}, "tiles": fingerprint}
         data.save_atomically(state, out / "last.pt")
-        config = {"student": args.student, "arch": STUDENTS[args.student], "nested_dims": args.dims, "step": step}
-        config |= {"teachers": {name: t.licence for name, t in teachers.items()}, "teacher_recipe": recipe}
+        config = {"student": args.student, "arch": STUDENTS[args.student], "nested_dims": args.dims}
+        config |= {
+            "step": step,
+            "steps": args.steps,
+            "teachers": {name: t.licence for name, t in teachers.items()},
+            "teacher_recipe": recipe,
+        }
         data.save_atomically({"state_dict": student.backbone.state_dict(), "config": config}, out / "student.pt")
 
     # The loop
@@ -293,7 +292,8 @@ def train(args: argparse.Namespace) -> None:
         norm = nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         # The same on every process, so all leave together, before any update; where fp16 overflows the scaler skips.
         if not math.isfinite(total.item()) or not (scaler.is_enabled() or math.isfinite(norm.item())):
-            raise InputError(f"--lr: loss not finite at step {step + 1}; {out}/last.pt keeps the last good checkpoint")
+            kept = f"{out}/last.pt keeps the last good step; begin anew with a lower --lr"
+            raise InputError(f"--lr: loss not finite at step {step + 1}; {kept} and another --out")
         scaler.step(optimizer)
         scaler.update()
         done = step + 1
@@ -313,15 +313,16 @@ def train(args: argparse.Namespace) -> None:
 
 
 def log(args: argparse.Namespace, done: int, loss: float, lr: float, rate: float, eta: float, parts: dict) -> None:
-    """One line on screen, one in log.jsonl: cosines at the largest/smallest dim, of process 0's last batch."""
-    cosines, text = {}, ""
+    """One line on screen, one in log.jsonl: terms at the largest/smallest dim, of process 0's last batch."""
+    terms, text = {}, ""
     for t in args.teachers:
-        for key, word in (("summary_cos", f"  {t} summary"), ("patch_cos", " patches")):
+        text += f"  {t}"
+        for key in parts[args.dims[0]][t]:
             large, small = (parts[m][t][key].item() for m in (args.dims[-1], args.dims[0]))
-            cosines[f"{t}/{key}"] = {args.dims[-1]: large, args.dims[0]: small}
-            text += f"{word} {large:.2f}/{small:.2f}"
+            terms[f"{t}/{key}"] = {args.dims[-1]: large, args.dims[0]: small}
+            text += f" {key[:-4]} {large:.2f}/{small:.2f}" if key.endswith("_cos") else ""
     with open(Path(args.out) / "log.jsonl", "a") as file:
-        file.write(json.dumps({"step": done, "loss": loss, "lr": lr, "tiles_per_s": rate, "cosines": cosines}) + "\n")
+        file.write(json.dumps({"step": done, "loss": loss, "lr": lr, "tiles_per_s": rate, "terms": terms}) + "\n")
     say(f"step {done}/{args.steps}  loss {loss:.3f}{text}  lr {lr:.1e}  {rate:.3g} tiles/s  ETA {eta:.0f} s")
 
 
@@ -330,10 +331,9 @@ def finish(out: Path, student: Student, teachers: dict, seed: int) -> None:
     if teachers:
         models = {f"teacher {name}": (teacher, [teacher.dim]) for name, teacher in teachers.items()}
         rows = evaluate.report({**models, "student": (student, student.nested_dims)}, [out], None, seed)
-        smaller = 1 - rows[-1]["parameters"] / min(row["parameters"] for row in rows[: len(teachers)])
-        print(f"\nThe student is {100 * smaller:.1f} % smaller than each of its teachers.")
-    print(f"\nSaved {out}/student.pt. Next:")
-    print(f"  python evaluate.py {out} --data labelled/    train/CLASS/* and test/CLASS/*")
+        smaller = 100 - 100 * rows[-1]["parameters"] / min(row["parameters"] for row in rows[: len(teachers)])
+        print(f"\nThe student is at least {smaller:.1f} % smaller than each of its teachers.")
+    print(f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out} --data labelled/")
     if teachers:
         print("  python train.py --teachers toy_cells --out runs/cells      what a student of one teacher lacks")
         print("  python train.py --data tiles/ --out runs/tiles             the same teachers on your own tiles")

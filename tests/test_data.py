@@ -149,6 +149,14 @@ def test_empty_and_missing_folders(tmp_path):
         FolderTiles(tmp_path / "nowhere", 64, 0)
 
 
+def test_linked_folders_are_followed_and_circles_end(tmp_path):
+    write_tiles(tmp_path / "elsewhere", 3)
+    (tmp_path / "tiles").mkdir()
+    (tmp_path / "tiles" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "tiles" / "circle").symlink_to(tmp_path / "tiles")
+    assert data.list_tiles(tmp_path / "tiles") == [f"linked/tile_00{i}.png" for i in range(3)]
+
+
 def test_labelled_folders(tmp_path):
     for split, classes in (("train", "ab"), ("test", "ba")):
         for name in classes:

@@ -63,7 +63,7 @@ def run(tmp_path):
     student, folder = Student("toy", {}, [4, 8]), tmp_path / "run"
     folder.mkdir()
     arch = STUDENTS["toy"]
-    config = {"arch": arch, "nested_dims": [4, 8, 48], "teachers": {}, "teacher_recipe": {}}
+    config = {"arch": arch, "nested_dims": [4, 8, 48], "teachers": {}, "teacher_recipe": {}, "step": 1, "steps": 2}
     torch.save({"state_dict": student.backbone.state_dict(), "config": config}, folder / "student.pt")
     return folder
 
@@ -79,6 +79,19 @@ def test_command_line_on_a_labelled_folder(tmp_path, run, monkeypatch, capsys):
     assert [row["dim"] for row in rows] == [4, 8, 48]
     assert rows[-1]["tasks"]["class"] == {"accuracy": 1.0, "balanced_accuracy": 1.0}  # dark against light
     assert "100.0" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_is_named_and_students_of_two_sizes_are_refused(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(evaluate, "N_TILES", 8)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(run), "--device", "cpu"])
+    evaluate.main()
+    assert "has done 1 of its 2 steps" in capsys.readouterr().out
+    models = {name: (Student(name, {}, []).eval(), [8]) for name in ("toy", "vit_s")}
+    with pytest.raises(InputError, match="side by side"):
+        evaluate.report(models, [run], None, 0)
+    (run / "results.json").write_text("{")
+    with pytest.raises(InputError, match="results.json cannot be read"):
+        evaluate.report({"toy": models["toy"]}, [run], None, 0)
 
 
 def test_results_on_other_data_are_kept(run, monkeypatch):

@@ -116,7 +116,7 @@ def test_two_processes_with_accumulation_equal_one(tmp_path, weights_dir, tiles,
 
 
 def test_accumulated_gradients_are_the_mean_over_the_whole_batch(tmp_path, run, tiles, monkeypatch):
-    """AdamW and clipping hide a wrong scale, so the optimiser's own running mean of gradients is compared, unclipped."""
+    """AdamW and clipping hide a wrong scale, so the optimiser's own mean of gradients is compared, unclipped."""
     monkeypatch.setattr(train, "CLIP", 1e9)
     for accumulate in (1, 4):
         run(*TINY, "--steps", 1, "--data", tiles, "--accumulate", accumulate, "--out", tmp_path / str(accumulate))
@@ -129,10 +129,10 @@ def test_log_and_student_file(tmp_path, run, capsys):
     run(*TINY, "--steps", 4, "--log-every", 2, "--out", tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
-    assert set(lines[0]) == {"step", "loss", "lr", "tiles_per_s", "cosines"}
+    assert set(lines[0]) == {"step", "loss", "lr", "tiles_per_s", "terms"}
     for t in ("toy_cells", "toy_tissue"):
-        for key in ("summary_cos", "patch_cos"):
-            assert set(lines[0]["cosines"][f"{t}/{key}"]) == {"48", "4"}
+        for key in ("summary_cos", "patch_cos", "patch_l1"):
+            assert set(lines[0]["terms"][f"{t}/{key}"]) == {"48", "4"}
     printed = capsys.readouterr().out
     assert "ETA" in printed and "licence Apache-2.0" in printed and "% smaller" in printed
     config = torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]
@@ -150,6 +150,7 @@ def test_a_finished_run_says_so(tmp_path, run, capsys):
 
 def test_resume_keeps_its_arguments_and_its_tiles(tmp_path, run, tiles):
     run(*TINY, "--steps", 3, "--stop-at", 1, "--data", tiles, "--out", tmp_path / "run")
+    run("--resume", tmp_path / "run", "--dims", "4,16", "--lr", "5e-3", "--stop-at", 1)  # the same again is no change
     for flag, value in (("--lr", 1), ("--steps", 9), ("--teachers", "toy_cells"), ("--seed", 4), ("--dims", "2")):
         with pytest.raises(InputError, match=f"{flag}: this run has"):
             run("--resume", tmp_path / "run", flag, value)
@@ -194,6 +195,10 @@ BAD = {
     "--lr nan": "--lr",
     "--lr -1": "--lr",
     "--seed -1": "--seed",
+    "--seed 99999999999999999999": "--seed",
+    "--data=": "--data: it is empty",
+    "--resume=": "--resume: it is empty",
+    "--device meta": "--device",
     "--precision fp16 --device cpu": "--precision fp16",
     "--device gpu": "--device",
     "--data nowhere": "--data: nowhere is not a folder",
@@ -223,6 +228,14 @@ def test_an_empty_folder_and_a_missing_run_on_the_real_command_line(tmp_path):
     ):
         result = script(*argv, cwd=tmp_path)
         assert result.returncode == 2 and result.stderr.startswith(expected) and result.stderr.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_slow(tmp_path, run, weights_dir):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--out: cannot make the folder"):
+        run(*TINY, "--steps", 1, "--out", tmp_path / "file")
+    with pytest.raises(InputError, match="--weights-dir: cannot make the folder"):
+        train.train(train.parse_args([*TINY, "--weights-dir", f"{tmp_path}/file/w", "--out", f"{tmp_path}/run"]))
 
 
 def test_unreadable_tiles_end_the_run_by_name(tmp_path, run, tiles):
