@@ -9,8 +9,8 @@ Place in the data flow:  data.py -> student.py and teachers.py -> [ losses.py ] 
     L       = sum over teachers t and nested dims m of w_m * L_{t,m},   w_m = 1
 
 The losses are pure functions, in float32 whatever the autocast around them; a standardiser is a module of frozen
-buffers. Sources: the two token losses are RADIO's (arXiv 2312.06709), PHI-S is arXiv 2410.01680, the sum over prefixes is
-Matryoshka representation learning (2205.13147). The weights are our choice, not checked against the paper's method
+buffers. Sources: the two token losses are RADIO's (arXiv 2312.06709), PHI-S is arXiv 2410.01680, the sum over prefixes
+is Matryoshka representation learning (2205.13147). The weights are our choice, not checked against the paper's method
 section.
 """
 
