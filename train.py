@@ -106,16 +106,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 raise InputError(f"--{flag}: this run has {stored[key]}; leave the flag out, or do not --resume")
         return argparse.Namespace(**{**stored, **given, "dims": stored["dims"], "out": folder, "resume": True})
 
-    args = {
-        "teachers": OFFLINE,
-        "accumulate": 1,
-        "seed": 0,
-        "standardize": "phi-s",
-        "precision": "auto",
-        "compile": False,
-    }
-    args |= {"teacher_steps": 500, "teacher_seed": 0, "weights_dir": "weights", "log_every": 50, "resume": False}
-    args |= dict.fromkeys(("data", "stop_at", "stats_tiles", "workers", "device")) | given
+    args = {"teachers": OFFLINE, "accumulate": 1, "seed": 0, "standardize": "phi-s", "precision": "auto"}
+    args |= {"teacher_steps": 500, "teacher_seed": 0, "weights_dir": "weights", "compile": False, "log_every": 50}
+    args |= {"resume": False, **dict.fromkeys(("data", "stop_at", "stats_tiles", "workers", "device")), **given}
     check_names(args["teachers"])
     published = [name for name in args["teachers"] if name not in OFFLINE]
     args.setdefault("student", "vit_b" if published else "toy")
