@@ -141,9 +141,8 @@ def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndar
     e = np.sqrt(elongation * np.exp(0.15 * normal((n, 1, 1))))
     a = angle + 0.5 * normal((n, 1, 1))
     dx, dy = x - nx[order, None, None], y - ny[order, None, None]
-    d = np.hypot(
-        (np.cos(a) * dx + np.sin(a) * dy) / (r * e), (np.cos(a) * dy - np.sin(a) * dx) / (r / e)
-    )  # 1 at the rim
+    along, across = np.cos(a) * dx + np.sin(a) * dy, np.cos(a) * dy - np.sin(a) * dx
+    d = np.hypot(along / (r * e), across / (r / e))  # 1 at the rim
     body = np.clip((1 - d) * 3 + 0.5, 0, 1)
     chromatin = 1 - pale * np.clip(1.4 - 1.8 * d, 0, 1) + nucleolus * np.clip(2 - 5 * d, 0, 1)
     haematoxylin = (body * chromatin * (density * np.exp(0.12 * normal((n, 1, 1))))).max(0)
@@ -215,10 +214,10 @@ class CachedTiles(Dataset):
 # ---- real tiles ---------------------------------------------------------------------------------------------------
 
 
-def list_tiles(root: str | Path, flag: str = "--data") -> list[str]:
+def list_tiles(root: str | Path) -> list[str]:
     """Relative paths of all images under a folder, sorted. InputError where there is none."""
     if not os.path.isdir(root):
-        raise InputError(f"{flag}: {root} is not a folder; give a folder of tiles")
+        raise InputError(f"--data: {root} is not a folder; give a folder of tiles")
     found, seen = [], set()
     for folder, _, names in os.walk(root, followlinks=True):  # labelled folders are often made of links
         if (real := os.path.realpath(folder)) in seen:  # a circle of links, or a folder linked twice
@@ -228,7 +227,7 @@ def list_tiles(root: str | Path, flag: str = "--data") -> list[str]:
             if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):  # "._x.png": macOS metadata
                 found.append(os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/"))
     if not found:
-        raise InputError(f"{flag}: no images ({', '.join(sorted(SUFFIXES))}) in {root} or the folders below it")
+        raise InputError(f"--data: no images ({', '.join(sorted(SUFFIXES))}) in {root} or the folders below it")
     return sorted(found)
 
 

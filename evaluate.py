@@ -36,8 +36,8 @@ def load_student(run: str | Path, device: str | torch.device = "cpu") -> tuple[S
     if not path.exists():
         raise InputError(f"{path} does not exist; give the folder of a run that has saved, or a student.pt")
     content = read_weights(path)
-    if not isinstance(content, dict) or not {"state_dict", "config"} <= content.keys():
-        raise InputError(f"{path} is not a student.pt written by train.py")
+    if not {"state_dict", "config"} <= content.keys():
+        raise InputError(f"{path} is not a student.pt written by train.py; give the folder of a run")
     student = Student(content["config"]["arch"], {}, content["config"]["nested_dims"])
     load_strictly(student.backbone, content["state_dict"], str(path))
     return student.to(device).eval(), content["config"]
@@ -162,9 +162,7 @@ def report(models: Models, runs: list[Path], data: str | None, seed: int) -> lis
     """Evaluate, print the table, and add it to the results.json of each run; what it holds on other data stays."""
     sizes = {model.backbone.img_size for model, _ in models.values() if isinstance(model, Student)}
     if len(sizes) > 1:
-        raise InputError(
-            f"students of {sizes} px cannot stand side by side: they see other images; evaluate each alone"
-        )
+        raise InputError(f"RUN: students of {sizes} px see other images; evaluate each alone, not side by side")
     size = sizes.pop()
     if data:
         train = LabelledTiles(data, "train", size)
@@ -198,7 +196,7 @@ def main() -> None:
     add("--teachers", type=name_list, help="beside the runs, '' for none (default: offline ones of the last run)")
     add("--seed", type=at_least(0), default=0, help="of the synthetic tissue (default: 0)")
     add("--device", help="cuda, mps or cpu (default: the best at hand)")
-    add("--weights-dir", default="weights", help="where teachers' weights are looked for and kept (default: weights)")
+    add("--weights-dir", type=path, default="weights", help="where teachers' weights are (default: weights)")
     args = parser.parse_args()
     device, _ = choose_device(args.device)
 

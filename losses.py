@@ -33,22 +33,22 @@ def hadamard(n: int) -> Tensor:
 
     Sylvester's for 2^k; otherwise a Kronecker product of Sylvester's with Paley's of size 12 or 20 (q = 11, 19).
     """
-    for q in (1, 11, 19):
-        sylvester, rest = divmod(n, q + 1 if q > 1 else 1)
-        if rest == 0 and sylvester & (sylvester - 1) == 0:
+    for size in (1, 12, 20):
+        power, rest = divmod(n, size)
+        if rest == 0 and power & (power - 1) == 0:  # n = size * 2^k
             break
     else:
         raise InputError(f"no Hadamard matrix of size {n} (2^k, 12 * 2^k, 20 * 2^k); use --standardize channel")
-    if q == 1:
-        H = torch.ones(1, 1, dtype=torch.float64)
-    else:  # Paley: H = I + S, S skew-symmetric, built on the quadratic residues modulo q
+    H = torch.ones(1, 1, dtype=torch.float64)
+    if size > 1:  # Paley: H = I + S, S skew-symmetric, built on the quadratic residues modulo q
+        q = size - 1
         residues = {i * i % q for i in range(1, q)}
         chi = torch.tensor([0] + [1 if i in residues else -1 for i in range(1, q)], dtype=torch.float64)
         i = torch.arange(q)
-        S = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+        S = torch.zeros(size, size, dtype=torch.float64)
         S[0, 1:], S[1:, 0] = 1, -1
         S[1:, 1:] = chi[(i[None] - i[:, None]) % q]
-        H = torch.eye(q + 1, dtype=torch.float64) + S
+        H = torch.eye(size, dtype=torch.float64) + S
     while len(H) < n:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
     return H

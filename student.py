@@ -165,10 +165,13 @@ def load_strictly(model: nn.Module, state: dict, source: str) -> None:
     model.load_state_dict(state, assign=any(value.is_meta for value in model.state_dict().values()))
 
 
+def to_float(images: Tensor) -> Tensor:
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Images (B, 3, H, W), uint8 or float in [0, 1], -> zero-mean floats. mean, std: (3, 1, 1), each model's own."""
-    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    return (images - mean) / std
+    return (to_float(images) - mean) / std
 
 
 def truncate(tokens: dict[str, Tensor], dim: int) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import CELLS, TASKS, TISSUE_VERSION, TISSUES, InputError, TissueTiles, make_folder, progress, save_atomically
-from student import IMAGENET, VisionTransformer, load_strictly, normalise
+from student import IMAGENET, VisionTransformer, load_strictly, normalise, to_float
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Teacher(nn.Module):
         Images of another size are resized to the teacher's (bicubic, antialiased). Where `grid` is not the teacher's,
         its patch map is resampled (bilinear), so that patch i of teacher and student is the same piece of tissue.
         """
-        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-        size = self.vit.img_size
+        images, size = to_float(images), self.vit.img_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         # the weights' dtype is the compute dtype: a frozen model needs no fp32 master copy and no autocast
@@ -124,9 +123,8 @@ def read_weights(path: str | Path) -> dict:
     except ImportError:
         raise InputError(f"{path} needs the library safetensors: pip install safetensors") from None
     except pickle.UnpicklingError:
-        raise InputError(
-            f"{path} is refused: no weights file, or objects in it could run code; put the right file there"
-        ) from None
+        why = "no weights file, or objects in it could run code"
+        raise InputError(f"{path} is refused: {why}; put the right file there") from None
     except Exception as error:  # noqa: BLE001 - a damaged file raises many types
         raise InputError(f"{path} is damaged ({type(error).__name__}); put a whole copy there") from None
 
@@ -174,9 +172,8 @@ def load_teacher(
     check_names([name])
     spec = TEACHERS[name]
     if spec.task:
-        path = (
-            Path(weights_dir) / f"{name}-v{TISSUE_VERSION}-{steps}-{seed}.pt"
-        )  # one file a recipe: none poisons another
+        # one file a recipe, so that a run with a tiny budget poisons no other
+        path = Path(weights_dir) / f"{name}-v{TISSUE_VERSION}-{steps}-{seed}.pt"
         if not path.exists():
             make_folder(weights_dir, "--weights-dir")  # better refused before the training than after it
             save_atomically(train_offline_teacher(name, steps, seed, device), path)

@@ -67,30 +67,30 @@ def by_student(key: str) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags over a resumed run's stored arguments over the defaults. InputError on what does not fit together."""
     parser = OneLineParser("train.py", __doc__)
-    add, count, offline = parser.add_argument, at_least(1), ",".join(OFFLINE)
+    add, positive, offline = parser.add_argument, at_least(1), ",".join(OFFLINE)
     add("--teachers", type=name_list, help=f"comma-separated, of {', '.join(TEACHERS)} (default: {offline})")
     add("--student", choices=STUDENTS, help="(default: toy with offline teachers alone, otherwise vit_b)")
     add("--dims", type=dim_list, help=f"nested dims; the student's width is always one ({by_student('dims')})")
     add("--data", type=path, help="a folder tree of tiles (png, jpg, tif, bmp, webp); without it tissue is drawn")
-    add("--steps", type=count, help=f"optimiser steps; fixes the schedule ({by_student('steps')})")
-    add("--stop-at", type=count, help="stop after this step with a checkpoint; the schedule stays that of --steps")
-    add("--batch-size", type=count, help=f"tiles in a step, over all processes ({by_student('batch_size')})")
-    add("--accumulate", type=count, help="split a step into so many passes when memory is short (default: 1)")
+    add("--steps", type=positive, help=f"optimiser steps; fixes the schedule ({by_student('steps')})")
+    add("--stop-at", type=positive, help="stop after this step with a checkpoint; the schedule stays that of --steps")
+    add("--batch-size", type=positive, help=f"tiles in a step, over all processes ({by_student('batch_size')})")
+    add("--accumulate", type=positive, help="split a step into so many passes when memory is short (default: 1)")
     add("--lr", type=float, help=f"peak rate; lower it if the loss is not finite ({by_student('lr')})")
     add("--seed", type=at_least(0), help="of student, order of tiles and synthetic tissue (default: 0)")
     add("--out", type=path, help="run folder (default: runs/demo, with published ones runs/TEACHERS-STUDENT)")
     add("--resume", type=path, metavar="DIR", help="go on with this run; its arguments are restored")
     add("--standardize", choices=["phi-s", "channel", "none"], help="of the targets (default: phi-s)")
     add("--stats-tiles", type=at_least(2), help="for target statistics (default: 1024; published on a CPU: 64)")
-    add("--teacher-steps", type=count, help="training of the offline teachers (default: 500)")
+    add("--teacher-steps", type=positive, help="training of the offline teachers (default: 500)")
     add("--teacher-seed", type=at_least(0), help="of the offline teachers (default: 0)")
-    add("--weights-dir", help="where weights are looked for, and offline teachers kept (default: weights)")
+    add("--weights-dir", type=path, help="where weights are looked for, and offline teachers kept (default: weights)")
     add("--workers", type=at_least(0), help="that read tiles; more if a GPU waits (default: 8 a GPU, 0 on a CPU)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="auto (default): bf16 or fp16 on CUDA, else fp32")
     add("--device", help="cuda, mps or cpu (default: the best at hand)")
     add("--compile", action="store_true", default=None, help="torch.compile student and loss; for long GPU runs")
-    add("--save-every", type=count, help=f"steps between checkpoints ({by_student('save_every')})")
-    add("--log-every", type=count, help="steps between log lines (default: 50)")
+    add("--save-every", type=positive, help=f"steps between checkpoints ({by_student('save_every')})")
+    add("--log-every", type=positive, help="steps between log lines (default: 50)")
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
 
     if folder := given.pop("resume", None):
@@ -164,7 +164,8 @@ def train(args: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     (device, dtype), out = choose_device(args.device, args.precision), Path(args.out)
     if args.batch_size % (world * args.accumulate):
-        raise InputError(f"--batch-size: make {args.batch_size} a multiple of {world} processes x --accumulate")
+        parts = world * args.accumulate
+        raise InputError(f"--batch-size: make {args.batch_size} a multiple of {parts} (processes x --accumulate)")
     checkpoint = read_weights(out / "last.pt") if args.resume else None
     start, stop = checkpoint["step"] if checkpoint else 0, min(args.stop_at or args.steps, args.steps)
     if start >= stop:
@@ -247,12 +248,8 @@ def train(args: argparse.Namespace) -> None:
         state |= {"step": step, "args": vars(args) | {"stop_at": None}, "tiles": fingerprint}
         data.save_atomically(state, out / "last.pt")
         config = {"student": args.student, "arch": STUDENTS[args.student], "nested_dims": args.dims}
-        config |= {
-            "step": step,
-            "steps": args.steps,
-            "teachers": {name: t.licence for name, t in teachers.items()},
-            "teacher_recipe": recipe,
-        }
+        config |= {"teachers": {name: t.licence for name, t in teachers.items()}, "teacher_recipe": recipe}
+        config |= {"step": step, "steps": args.steps}
         data.save_atomically({"state_dict": student.backbone.state_dict(), "config": config}, out / "student.pt")
 
     # The loop

@@ -198,6 +198,7 @@ BAD = {
     "--seed 99999999999999999999": "--seed",
     "--data=": "--data: it is empty",
     "--resume=": "--resume: it is empty",
+    "--weights-dir=": "--weights-dir: it is empty",
     "--device meta": "--device",
     "--precision fp16 --device cpu": "--precision fp16",
     "--device gpu": "--device",
