@@ -5,11 +5,9 @@ Place in the data flow:  [ data.py ] -> student.py and teachers.py -> losses.py 
     tile k of a run = view(seed, k, source[order(seed, k)])    one crop, flip and turn, shared by student and teachers
 
 The k-th sample is a pure function of (seed, k). So resuming means starting at k, the number of workers changes nothing,
-rank r of W takes k = r, r + W, ..., and no generator state is stored anywhere. Images leave as uint8 (3, H, W);
-each model normalises for itself.
+rank r of W takes k = r, r + W, ..., and no generator state is stored anywhere. Images leave as uint8 (3, H, W).
 """
 
-import contextlib
 import functools
 import hashlib
 import math
@@ -44,19 +42,18 @@ def progress(items: Iterable, label: str, total: int, every: float = 5.0) -> Ite
             print(f"  {label}: {done}/{total}, {now - start:.0f} s, ETA {eta:.0f} s", flush=True)
 
 
-def save_atomically(content: dict, path: str | Path) -> None:
-    """torch.save, so that `path` holds either the old file or the whole new one, whenever the machine stops."""
+def save_atomically(content: dict, path: str | Path, write: Callable = torch.save) -> None:
+    """Write so that `path` holds either the old file or the whole new one, whenever the machine stops."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            write(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error}; free some space or choose another folder") from None
 
 
@@ -174,8 +171,6 @@ class TissueTiles(Dataset):
 
 
 # ---- the order of samples -----------------------------------------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=2)  # a batch can straddle two epochs
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng((0, seed, epoch)).permutation(n)
@@ -212,12 +207,10 @@ class CachedTiles(Dataset):
 
 
 # ---- real tiles ---------------------------------------------------------------------------------------------------
-
-
-def list_tiles(root: str | Path) -> list[str]:
+def list_tiles(root: str | Path, flag: str = "--data") -> list[str]:
     """Relative paths of all images under a folder, sorted. InputError where there is none."""
     if not os.path.isdir(root):
-        raise InputError(f"--data: {root} is not a folder; give a folder of tiles")
+        raise InputError(f"{flag}: {root} is not a folder; give a folder of tiles")
     found, seen = [], set()
     for folder, _, names in os.walk(root, followlinks=True):  # labelled folders are often made of links
         if (real := os.path.realpath(folder)) in seen:  # a circle of links, or a folder linked twice
@@ -227,7 +220,7 @@ def list_tiles(root: str | Path) -> list[str]:
             if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):  # "._x.png": macOS metadata
                 found.append(os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/"))
     if not found:
-        raise InputError(f"--data: no images ({', '.join(sorted(SUFFIXES))}) in {root} or the folders below it")
+        raise InputError(f"{flag}: no images ({', '.join(sorted(SUFFIXES))}) in {root} or the folders below it")
     return sorted(found)
 
 
@@ -256,27 +249,18 @@ def centre_view(image: Image.Image, size: int) -> Tensor:
 
 
 class FolderTiles(Dataset):
-    """Sample k of a folder of tiles -> {"image": uint8 (3, size, size), "skipped": unreadable paths, joined by NUL}.
+    """Sample k of a folder -> {"image": uint8 (3, size, size), "skipped": paths joined by NUL, "small": path if enlarged}.
 
-    An unreadable tile is replaced by the next of the same epoch's order, so the choice depends on k alone.
+    An unreadable tile is skipped for the next of the same epoch's order, so the choice depends on k alone.
     """
 
     def __init__(self, root: str | Path, size: int, seed: int):
-        self.root, self.size, self.seed = Path(root), size, seed
-        self.files = list_tiles(root)
+        self.root, self.size, self.seed, self.files = Path(root), size, seed, list_tiles(root)
 
     def fingerprint(self) -> dict:
         """Count and hash of the sorted list: what a resumed run compares."""
         listing = "\0".join(self.files).encode("utf8", "surrogateescape")
         return {"count": len(self.files), "sha256": hashlib.sha256(listing).hexdigest()}
-
-    def count_small(self, most: int = 2000) -> tuple[int, int]:
-        """How many of at most `most` evenly spaced tiles are smaller than the crop, and how many were looked at."""
-        files, small = self.files[:: -(-len(self.files) // most)], 0
-        for name in files:
-            with contextlib.suppress(Exception), Image.open(self.root / name) as image:  # reads the header alone
-                small += min(image.size) < self.size
-        return small, len(files)
 
     def __getitem__(self, k: int) -> dict:
         n, skipped = len(self.files), []
@@ -285,42 +269,51 @@ class FolderTiles(Dataset):
             path = self.root / self.files[order[(k + len(skipped)) % n]]
             if image := open_tile(path):
                 view = random_view(image, self.size, np.random.default_rng((1, self.seed, k)))
-                return {"image": view, "skipped": "\0".join(skipped)}
+                small = str(path) if min(image.size) < self.size else ""
+                return {"image": view, "skipped": "\0".join(skipped), "small": small}
             skipped.append(str(path))
-        return {"image": torch.zeros(3, self.size, self.size, dtype=torch.uint8), "skipped": "\0".join(skipped)}
+        image = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        return {"image": image, "skipped": "\0".join(skipped), "small": ""}
 
 
-class LabelledTiles(Dataset):
-    """One split of a labelled folder, ROOT/SPLIT/CLASS/*: tile k -> {"image", "label", "skipped"}.
+class CentreTiles(Dataset):
+    """All tiles of a folder: tile k -> {"image": uint8 (3, size, size), "index": k, -1 if unreadable, "skipped"}."""
 
-    image: uint8 (3, size, size); label: index in `classes`, or -1 if unreadable; skipped: the path then.
-    """
-
-    def __init__(self, root: str | Path, split: str, size: int, classes: list[str] | None = None):
-        self.root, self.size = Path(root) / split, size
-        if not self.root.is_dir():
-            raise InputError(f"--data: {self.root} is missing; a labelled folder holds train/CLASS/* and test/CLASS/*")
-        self.files = list_tiles(self.root)
-        self.classes = classes or sorted({name.split("/")[0] for name in self.files if "/" in name})
-        for name in self.files:
-            if "/" not in name or name.split("/")[0] not in self.classes:
-                raise InputError(f"--data: {self.root / name} is in none of the classes of train/; move or remove it")
+    def __init__(self, root: str | Path, size: int, flag: str = "--data"):
+        self.root, self.size, self.files = Path(root), size, list_tiles(root, flag)
 
     def __getitem__(self, k: int) -> dict:
         path = self.root / self.files[k]
         if image := open_tile(path):
-            label = self.classes.index(self.files[k].split("/")[0])
-            return {"image": centre_view(image, self.size), "label": label, "skipped": ""}
-        return {"image": torch.zeros(3, self.size, self.size, dtype=torch.uint8), "label": -1, "skipped": str(path)}
+            return {"image": centre_view(image, self.size), "index": k, "skipped": ""}
+        return {"image": torch.zeros(3, self.size, self.size, dtype=torch.uint8), "index": -1, "skipped": str(path)}
+
+
+class LabelledTiles(CentreTiles):
+    """One split of a labelled folder, ROOT/SPLIT/CLASS/*; labels: (n,), indices in `classes`, those of train/."""
+
+    def __init__(self, root: str | Path, split: str, size: int, classes: list[str] | None = None):
+        if not (folder := Path(root) / split).is_dir():
+            raise InputError(f"--data: {folder} is missing; a labelled folder holds train/CLASS/* and test/CLASS/*")
+        super().__init__(folder, size)
+        self.classes = classes or sorted({name.split("/")[0] for name in self.files if "/" in name})
+        for name in self.files:
+            if "/" not in name or name.split("/")[0] not in self.classes:
+                raise InputError(f"--data: {folder / name} is in none of the classes of train/; move or remove it")
+        self.labels = torch.tensor([self.classes.index(name.split("/")[0]) for name in self.files])
 
 
 class Skipped:
-    """Counts the unreadable tiles of a folder of `tiles`: names each once, InputError when they pass 1 %."""
+    """Names unreadable tiles once each, InputError when they pass 1 % of `tiles`; names the first one too small."""
 
     def __init__(self, tiles: int):
-        self.tiles, self.paths = tiles, set()
+        self.tiles, self.paths, self.small = tiles, set(), None
 
     def check(self, batch: dict) -> dict:
+        small = next(filter(None, batch.get("small", [])), None)
+        if small and not self.small:
+            self.small = small
+            print(f"warning: {small} and perhaps others are smaller than the crop and get enlarged", file=sys.stderr)
         for path in "\0".join(batch.get("skipped", [])).split("\0"):
             if path and path not in self.paths:
                 self.paths.add(path)

@@ -4,6 +4,7 @@ Place in the data flow:  data.py -> student.py and teachers.py -> losses.py -> t
 
     python evaluate.py runs/demo                     synthetic tissue, both tasks, beside the offline teachers
     python evaluate.py runs/demo --data labelled/    a folder with train/CLASS/* and test/CLASS/*
+    python evaluate.py runs/demo --embed tiles/ --dim 16 --out embeddings.npz
 
 Features are taken after the final norm, cut to the first m channels, and only then L2-normalised. kNN as in DINO (arXiv
 2104.14294): k = 20, never more than the bank, cosine similarity, votes weighted exp(similarity / 0.07).
@@ -16,13 +17,14 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import TASKS, InputError, LabelledTiles, Skipped, TissueTiles, batches, progress
-from student import Student, load_strictly, truncate
-from teachers import OFFLINE, choose_device, load_teacher, read_weights
+from data import TASKS, CentreTiles, InputError, LabelledTiles, Skipped, TissueTiles, batches, progress, save_atomically
+from student import Student, load_strictly, read_weights, truncate
+from teachers import OFFLINE, Teacher, load_teacher
 
 K, TEMPERATURE = 20, 0.07
 N_TILES = 2048  # of synthetic tissue, in the bank and again in the test set
@@ -45,9 +47,10 @@ def load_student(run: str | Path, device: str | torch.device = "cpu") -> tuple[S
 
 @torch.no_grad()
 def embed(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Summary features (n, D) float32, on the CPU, of images (n, 3, H, W), by a student or a teacher."""
+    """Features (n, D) float32, on the CPU, of images (n, 3, H, W): a student's summary, a teacher's card embedding."""
     device = next(model.parameters()).device
-    return torch.cat([model(batch.to(device))["summary"].float().cpu() for batch in images.split(batch_size)])
+    features = model.embed if isinstance(model, Teacher) else lambda batch: model(batch)["summary"]
+    return torch.cat([features(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
 
 
 def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = K) -> dict[str, float]:
@@ -83,19 +86,13 @@ def knn_rows(models: Models, bank: Labelled, test: Labelled) -> list[dict]:
     return rows
 
 
-def synthetic_tiles(stream: str, n: int, seed: int, size: int) -> Labelled:
-    """Synthetic tissue with both labels, from a stream that nothing is trained on."""
-    tiles = TissueTiles(stream, seed, size).draw(n)
-    yield tiles["image"], {task: tiles[task] for task in TASKS}
-
-
 def folder_tiles(tiles: LabelledTiles, skipped: Skipped) -> Labelled:
     """A split of a labelled folder; unreadable tiles are named, counted and left out."""
     loader = batches(tiles, range(len(tiles.files)), 64)
     for batch in progress(loader, f"embedding {tiles.root}", len(loader)):
         skipped.check(batch)
-        readable = batch["label"] >= 0
-        yield batch["image"][readable], {"class": batch["label"][readable]}
+        readable = batch["index"] >= 0
+        yield batch["image"][readable], {"class": tiles.labels[batch["index"][readable]]}
 
 
 def table(rows: list[dict], metric: str = "accuracy") -> str:
@@ -111,8 +108,6 @@ def table(rows: list[dict], metric: str = "accuracy") -> str:
 
 
 # ---- the command line (train.py uses the same pieces) -------------------------------------------------------------
-
-
 class OneLineParser(argparse.ArgumentParser):
     """argparse with one-line errors, whole flags only, and the module docstring as the manual."""
 
@@ -121,6 +116,24 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message}; see python {self.prog} --help\n")
+
+
+def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.device, torch.dtype]:
+    """--device, or the best at hand (on CUDA the GPU of this process), and the compute dtype of --precision on it."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device: {name} is not to be had on this machine; use cpu, cuda or mps") from None
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(f"--precision fp16 needs CUDA; use fp32 or bf16 on {device.type}")
+    if precision == "auto" and device.type == "cuda":  # T4 and V100 only emulate bf16, slowly
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
@@ -170,7 +183,8 @@ def report(models: Models, runs: list[Path], data: str | None, seed: int) -> lis
         skipped = Skipped(len(train.files) + len(test.files))
         rows = knn_rows(models, folder_tiles(train, skipped), folder_tiles(test, skipped))
     else:
-        rows = knn_rows(models, *(synthetic_tiles(stream, N_TILES, seed, size) for stream in ("bank", "test")))
+        tissue = [TissueTiles(stream, seed, size).draw(N_TILES) for stream in ("bank", "test")]  # never trained on
+        rows = knn_rows(models, *([(tiles["image"], {task: tiles[task] for task in TASKS})] for tiles in tissue))
     print("\n" + table(rows) + ("\n\n" + table(rows, "balanced_accuracy") if data else ""))
     view = f"shorter side to {size} px, centre crop" if data else f"drawn at {size} px"
     protocol = f"kNN, k = {K}, cosine, votes exp(similarity / {TEMPERATURE}); tiles: {view}"
@@ -187,6 +201,28 @@ def report(models: Models, runs: list[Path], data: str | None, seed: int) -> lis
     return rows
 
 
+def export(student: Student, config: dict, folder: str, dim: int, half: bool, out: str) -> None:
+    """Embeddings of all tiles of a folder, cut to `dim`, into an .npz that exists only when it is whole.
+
+    embeddings: (n, dim) fp32, or fp16; paths: (n,), of the readable tiles; dim; model; step; licences: (teachers,).
+    """
+    if Path(out).exists():
+        raise InputError(f"--out: {out} exists; choose another name, or remove it")
+    tiles, paths = CentreTiles(folder, student.backbone.img_size, "--embed"), []
+    loader, skipped = batches(tiles, range(len(tiles.files)), 64), Skipped(len(tiles.files))
+    embeddings = np.empty((len(tiles.files), dim), np.float16 if half else np.float32)
+    for batch in progress(loader, f"embedding {folder}", len(loader)):
+        readable = skipped.check(batch)["index"] >= 0
+        features = truncate({"summary": embed(student, batch["image"][readable])}, dim)["summary"]
+        embeddings[len(paths) : len(paths) + len(features)] = features
+        paths += [tiles.files[i] for i in batch["index"][readable]]
+    licences = [f"{name}: {text}" for name, text in config["licences"].items()]
+    content = {"embeddings": embeddings[: len(paths)], "paths": paths, "dim": dim, "licences": licences}
+    content |= {"model": config["student"], "step": config["step"]}
+    save_atomically(content, out, lambda content, file: np.savez(file, **content))
+    print(f"{len(paths)} embeddings of {dim} channels in {out}; licences: {'; '.join(licences)}")
+
+
 def main() -> None:
     parser = OneLineParser("evaluate.py", __doc__)
     add = parser.add_argument
@@ -194,25 +230,33 @@ def main() -> None:
     add("--data", type=path, help="a labelled folder, train/CLASS/* and test/CLASS/* (default: synthetic tissue)")
     add("--dims", type=dim_list, help="comma-separated (default: each run's nested dims)")
     add("--teachers", type=name_list, help="beside the runs, '' for none (default: offline ones of the last run)")
+    add("--embed", type=path, metavar="DIR", help="instead, write the embeddings of all tiles of a folder to --out")
+    add("--dim", type=at_least(1), help="with --embed: channels to keep (default: all)")
+    add("--half", action="store_true", help="with --embed: fp16 instead of fp32")
+    add("--out", type=path, metavar="X.npz", help="with --embed: the file to write")
     add("--seed", type=at_least(0), default=0, help="of the synthetic tissue (default: 0)")
     add("--device", help="cuda, mps or cpu (default: the best at hand)")
     add("--weights-dir", type=path, default="weights", help="where teachers' weights are (default: weights)")
     args = parser.parse_args()
     device, _ = choose_device(args.device)
-
     models = {}
     for run in args.runs:
         student, config = load_student(run, device)
-        if args.dims and args.dims[-1] > student.backbone.width:
-            width = student.backbone.width
-            raise InputError(f"--dims: {args.dims[-1]} is above the width of {run}; give dims up to {width}")
+        width = student.backbone.width
+        for flag, dim in (("--dims", args.dims and args.dims[-1]), ("--dim", args.dim)):
+            if dim and dim > width:
+                raise InputError(f"{flag}: {dim} is above the width of {run}; give at most {width}")
         if config["step"] < config["steps"]:
             print(f"note: {run} has done {config['step']} of its {config['steps']} steps")
         models[run] = (student, args.dims or student.nested_dims)
+    if args.embed:
+        if len(args.runs) > 1 or not args.out:
+            raise InputError("--embed takes one RUN, and --out X.npz")
+        return export(student, config, args.embed, args.dim or width, args.half, args.out)
     offline = [name for name in config["teachers"] if name in OFFLINE]
     for name in offline if args.teachers is None else args.teachers:
         teacher = load_teacher(name, args.weights_dir, device, **config["teacher_recipe"])
-        models[f"teacher {name}"] = (teacher, [teacher.dim])
+        models[f"teacher {name}"] = (teacher, [teacher.embed_dim])
     report(models, [Path(run) for run in args.runs], args.data, args.seed)
 
 

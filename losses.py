@@ -8,10 +8,9 @@ Place in the data flow:  data.py -> student.py and teachers.py -> [ losses.py ] 
             + 0.1 * smooth_l1(h_{t,m}(z_patch[:m]), y_patch)
     L       = sum over teachers t and nested dims m of w_m * L_{t,m},   w_m = 1
 
-The losses are pure functions, in float32 whatever the autocast around them; a standardiser is a module of frozen
-buffers. Sources: the two token losses are RADIO's (arXiv 2312.06709), PHI-S is arXiv 2410.01680, the sum over prefixes
-is Matryoshka representation learning (2205.13147). The weights are our choice, not checked against the paper's method
-section.
+Losses are pure functions, in float32 whatever the autocast around them; a standardiser is a module of frozen buffers.
+Sources: the two token losses are RADIO's (arXiv 2312.06709), PHI-S is arXiv 2410.01680, the sum over prefixes is that
+of Matryoshka learning (2205.13147). The weights are our choice, not checked against the paper's method section.
 """
 
 from collections.abc import Iterable
@@ -26,8 +25,6 @@ Tokens = dict[str, Tensor]  # {"summary": (B, D), "patches": (B, N, D)}
 
 
 # ---- standardising a teacher's tokens -----------------------------------------------------------------------------
-
-
 def hadamard(n: int) -> Tensor:
     """A Hadamard matrix (n, n) of entries +-1, H H^T = n I, in float64. InputError where n has no construction here.
 
@@ -131,11 +128,7 @@ class Standardizers(nn.ModuleDict):
 
 
 # ---- the loss -----------------------------------------------------------------------------------------------------
-
-
-def distillation_loss(
-    adapted: dict[str, Tokens], targets: dict[str, Tokens]
-) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
+def distillation_loss(adapted: dict[str, Tokens], targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
     """The sum over teachers of L_{t,m}, for one dim m.
 
     adapted, targets: {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}, the targets standardised.

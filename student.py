@@ -7,10 +7,16 @@ Place in the data flow:  data.py -> [ student.py ] and teachers.py -> losses.py 
     h_{t,m} = adaptor head of teacher t at m     Linear(m, D), LayerNorm, GELU, Linear(D, D_t)
 
 with one head for the summary and one for the patches. `VisionTransformer` serves the students and every teacher. Its
-parameters are named as in timm's VisionTransformer, so weights go both ways without a key map. Sources: ViT (arXiv
-2010.11929), registers (2309.16588), Matryoshka representation learning (2205.13147), adaptor heads as in RADIO
-(2312.06709). The layers of the head are our choice, not checked against the paper's method section.
+parameters are named as in timm's VisionTransformer, so weights go both ways; `timm_state` takes all other layouts.
+Sources: ViT (arXiv 2010.11929), registers (2309.16588), Matryoshka representation learning (2205.13147), adaptor heads
+as in RADIO (2312.06709). The layers of the head are our choice, not checked against the paper's method section.
 """
+
+import math
+import pickle
+import re
+import zipfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +25,6 @@ from torch import Tensor, nn
 from data import InputError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of the students' input, as of timm's DINOv2 ViTs
-
 SHARED = {"img_size": 224, "patch_size": 14, "depth": 12, "registers": 4, "pos_on_prefix": False}
 TOY = {"img_size": 64, "patch_size": 8, "depth": 5, "registers": 1, "pos_on_prefix": False}
 STUDENTS = {
@@ -40,9 +45,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         B, T, D = x.shape
-        q, k, v = (
-            self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        )  # each (B, heads, T, D/heads)
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, .)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
@@ -116,11 +119,10 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.img_size, self.width, self.registers, self.pos_on_prefix = img_size, width, registers, pos_on_prefix
         self.grid = img_size // patch_size  # patches a side
-        prefix = 1 + registers
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         if registers:
             self.reg_token = nn.Parameter(torch.zeros(1, registers, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + prefix * pos_on_prefix, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + (1 + registers) * pos_on_prefix, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, stride=patch_size)})
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width, swiglu, layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -154,17 +156,6 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def load_strictly(model: nn.Module, state: dict, source: str) -> None:
-    """Give a model (possibly on the meta device) exactly the tensors of `state`; InputError names three differences."""
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: tuple(getattr(value, "shape", "?")) for key, value in state.items()}
-    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
-    if wrong:
-        three = [f"{key} is {found.get(key, 'missing')}, not {expected.get(key, 'expected')}" for key in wrong[:3]]
-        raise InputError(f"{source} holds another model: {len(wrong)} tensors differ, first {'; '.join(three)}")
-    model.load_state_dict(state, assign=any(value.is_meta for value in model.state_dict().values()))
-
-
 def to_float(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
@@ -187,8 +178,8 @@ def adaptor_head(dim: int, hidden: int, teacher_dim: int) -> nn.Module:
 class Student(nn.Module):
     """A ViT backbone with two adaptor heads (summary, patches) for every teacher at every nested dim.
 
-    arch: a name in STUDENTS or a dict of VisionTransformer arguments; teacher_dims: {teacher: D_t}; nested_dims:
-    channels, each at most D; D is always added. The heads serve training alone: what is used afterwards is `backbone`.
+    arch: a name in STUDENTS or VisionTransformer's arguments; teacher_dims: {teacher: D_t}; nested_dims: channels, each
+    at most D, which is always added. The heads serve training alone: what is used afterwards is `backbone`.
     """
 
     def __init__(self, arch: str | dict, teacher_dims: dict[str, int], nested_dims: list[int]):
@@ -223,3 +214,102 @@ class Student(nn.Module):
             teacher: {kind: head(z[kind]) for kind, head in heads[str(dim)].items()}
             for teacher, heads in self.adaptors.items()
         }
+
+
+# ---- weights: any published layout, strictly, into the ViT ---------------------------------------------------------
+def read_weights(path: str | Path) -> dict:
+    """What a .safetensors, .bin, .pth or .pt file holds, on the CPU. Never runs code that a pickle carries."""
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return content if isinstance(content, dict) else {"not a state dict": content}
+    except ImportError:
+        raise InputError(f"{path} needs the library safetensors: pip install safetensors") from None
+    except Exception as error:  # noqa: BLE001 - a damaged file raises many types
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        why = "refused: no weights, or objects that could run code" if unsafe else f"damaged ({type(error).__name__})"
+        raise InputError(f"{path} is {why}; put a whole copy of the right file there") from None
+
+
+def load_strictly(model: nn.Module, state: dict, source: str) -> None:
+    """Give a model (possibly on the meta device) exactly the tensors of `state`; InputError names three differences."""
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: tuple(getattr(value, "shape", "?")) for key, value in state.items()}
+    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+    if wrong:
+        three = [f"{key} is {found.get(key, 'missing')}, not {expected.get(key, 'expected')}" for key in wrong[:3]]
+        raise InputError(f"{source} holds another model: {len(wrong)} tensors differ, first {'; '.join(three)}")
+    model.load_state_dict(state, assign=any(value.is_meta for value in model.state_dict().values()))
+
+
+RENAMES = [  # in this order: wrappers of training code; Hugging Face's ViT and Dinov2; the DINOv2 repo; timm's are kept
+    (r"^((module|backbone|model|vit|dinov2|embeddings|encoder)\.)+", ""),
+    (r"^patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^position_embeddings", "pos_embed"),
+    (r"^register_tokens", "reg_token"),
+    (r"^layernorm\.", "norm."),
+    (r"^layer\.", "blocks."),
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # blocks in chunks, as fully sharded training leaves them
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.attention\.(query|key|value)\.", r".attn.qkv."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.(intermediate\.dense|mlp\.weights_in|mlp\.w12)\.", ".mlp.fc1."),
+    (r"\.(output\.dense|mlp\.weights_out|mlp\.w3)\.", ".mlp.fc2."),
+]
+UNUSED = r"mask_token$|pooler\.|dino_head\.|ibot_head\."  # of pretraining; every other surplus tensor is refused
+
+
+def timm_state(state: dict, vit: VisionTransformer, dtype: torch.dtype, antialias: bool = True) -> dict[str, Tensor]:
+    """Weights in any published layout -> timm's names, as copies in `dtype`, positions on the grid of `vit`.
+
+    `state` may be memory-mapped: it is read tensor by tensor, so that only what is returned takes memory.
+    """
+    for wrapper in ("teacher", "state_dict", "model"):  # of a training checkpoint, or of a student.pt
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    parts: dict[str, list[Tensor]] = {}
+    for key in sorted(state, key=lambda key: (".value." in key, ".key." in key)):  # query, key, value: the rows of qkv
+        name = key
+        for pattern, replacement in RENAMES:
+            name = re.sub(pattern, replacement, name)
+        if re.match(UNUSED, name):
+            continue
+        if not isinstance(state[key], Tensor) or not state[key].is_floating_point():
+            raise ValueError(f"{key} is no floating-point tensor")
+        parts.setdefault(name, []).append(state[key])  # two of one name get a shape that strict loading refuses
+    if {"cls_token", "pos_embed"} <= parts.keys():
+        both = (torch.cat(parts[name]).float() for name in ("cls_token", "pos_embed"))
+        cls_token, pos_embed = fit_positions(*both, vit, antialias)
+        parts |= {"cls_token": [cls_token], "pos_embed": [pos_embed]}
+    copies = ((name, [x.to(dtype, copy=True) for x in xs]) for name, xs in parts.items())  # one at a time
+    return {name: torch.cat(xs) if len(xs) > 1 else xs[0] for name, xs in copies}
+
+
+def fit_positions(cls_token: Tensor, pos_embed: Tensor, vit: VisionTransformer, antialias: bool) -> list[Tensor]:
+    """cls_token (1, 1, D) and pos_embed (1, rows, D) of a file -> those of `vit`, resampled where its grid differs."""
+    if not vit.pos_on_prefix and math.isqrt(pos_embed.shape[1] - 1) ** 2 == pos_embed.shape[1] - 1:
+        # the DINOv2 repo and Hugging Face keep a row for CLS even where registers have none; timm adds it to CLS
+        cls_token, pos_embed = cls_token + pos_embed[:, :1], pos_embed[:, 1:]
+    n_prefix = (1 + vit.registers) * vit.pos_on_prefix
+    prefix, patches = pos_embed[:, :n_prefix], pos_embed[:, n_prefix:]
+    side = math.isqrt(patches.shape[1])
+    if side != vit.grid and side**2 == patches.shape[1]:
+        patches = patches.transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
+        patches = F.interpolate(patches, (vit.grid, vit.grid), mode="bicubic", antialias=antialias)
+        pos_embed = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], 1)  # (1, rows of vit, D)
+    return [cls_token, pos_embed]
+
+
+def load_published(vit: VisionTransformer, path: Path, source: str, dtype=torch.float32, antialias=True) -> None:
+    """Strictly load a file of any published layout. InputError: the file's name, and three differences with shapes."""
+    state = read_weights(path)
+    try:
+        state = timm_state(state, vit, dtype, antialias)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{source} holds another model: {reason}; put the right file there") from None
+    load_strictly(vit, state, source)

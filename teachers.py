@@ -1,19 +1,20 @@
 """The teachers: frozen encoders behind one forward, published ones and the two offline ones of the demo.
 
+    python teachers.py                every teacher: size, tile, normalisation, gate, where its weights are, licence
+    python teachers.py uni tile.png   load one and embed a tile: are access, file and memory in order before a long run?
+
 Place in the data flow:  data.py -> student.py and [ teachers.py ] -> losses.py -> train.py -> evaluate.py
 
     teacher(images in [0, 1]) -> {"summary": CLS (B, D_t), "patches": (B, N, D_t)}, resampled to the student's grid
+    teacher.embed(images)     -> the embedding that the model's card recommends, for evaluating the teacher itself
 
-`TEACHERS` has one entry a teacher: architecture, normalisation, licence, where its weights are published. Every one is
-the ViT of student.py, loaded strictly. Published weights: facts from the model cards, checked on random weights in the
-published layout. Offline teachers: trained on first use with one of the two labels of synthetic tissue, then kept.
+`TEACHERS` has one entry a teacher. Every one is the ViT of student.py, whose `load_published` takes each published layout,
+strictly. Facts are from the model cards; loading is checked against timm and transformers on random
+weights in the published layouts. Offline teachers are trained on first use with one of the labels of synthetic tissue.
 """
 
-import functools
 import math
-import os
-import pickle
-import zipfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,43 +22,94 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import functional as TF
 
-from data import CELLS, TASKS, TISSUE_VERSION, TISSUES, InputError, TissueTiles, make_folder, progress, save_atomically
-from student import IMAGENET, VisionTransformer, load_strictly, normalise, to_float
+import data
+from data import CELLS, TASKS, TISSUES, InputError, progress
+from student import IMAGENET, VisionTransformer, load_published, normalise, read_weights, to_float
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
     arch: dict  # arguments of VisionTransformer
-    licence: str
+    licence: str  # of the weights, and whether it binds students
+    repo: str = ""  # on Hugging Face; without one, weights are only looked for in --weights-dir
+    file: str = "model.safetensors"  # in that repo
+    gate: str = "open"  # or "gated": access is on request; "gated?" where it changed or sources differ
     norm: tuple = IMAGENET  # mean, std
-    repo: str = ""  # on Hugging Face
-    file: str = "pytorch_model.bin"  # in that repo
+    tile: str = "224 at 0.5"  # pixels at microns per pixel, as on the card
+    resize: int = 0  # shorter side before the centre crop to img_size, as on the card; 0: img_size
+    interpolation: str = "bicubic"  # of that resize
+    patch_mean: bool = False  # the card's embedding is CLS and the mean of patches, not CLS alone
+    antialias: bool = True  # in the authors' resampling of pos_embed, where the file has another grid
     task: str = ""  # offline teachers: the label of synthetic tissue that it knows, of data.TASKS
 
 
-PATCH16, PATCH14 = {"img_size": 224, "patch_size": 16}, {"img_size": 224, "patch_size": 14}
+P16, P14 = {"img_size": 224, "patch_size": 16}, {"img_size": 224, "patch_size": 14}
+VIT_S = {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536}
+VIT_B = {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072}
 VIT_L = {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
 VIT_H = {"width": 1280, "depth": 32, "heads": 16, "mlp_width": 6832, "swiglu": True}
+VIT_G = {"width": 1536, "depth": 40, "heads": 24, "mlp_width": 8192, "swiglu": True}
 VIT_TOY = {"img_size": 64, "patch_size": 8, "width": 128, "depth": 6, "heads": 4, "mlp_width": 512}
-BINDS = "CC-BY-NC-ND-4.0; its access terms count students distilled from it as derivatives, non-commercial"
+REG4, NO_SCALE = {"registers": 4, "pos_on_prefix": False}, {"layer_scale": False}
+SWIGLU_B, SWIGLU_L = {"mlp_width": 4096, "swiglu": True}, {"mlp_width": 5472, "swiglu": True}
+UNI2 = {"depth": 24, "registers": 8, "pos_on_prefix": False}
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+HIBOU = ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816))
+LUNIT = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
+APACHE = "Apache-2.0; binds students: no"
+BINDS = "CC-BY-NC-ND-4.0; binds students: yes, its access terms count them as derivatives, non-commercial"
+NC_ND = "CC-BY-NC-ND-4.0; binds students: presume so, non-commercial and no derivatives"
+RESEARCH = "Apache-2.0; binds students: no, but its access terms say research only"
+OWKIN, KAIKO, LUNIT_NC = (f"{who} non-commercial; binds students: presume so" for who in ("Owkin", "Kaiko", "Lunit"))
+UNI_CARD = {"file": "pytorch_model.bin", "gate": "gated", "tile": "256 at 0.5", "interpolation": "bilinear"}
+KAIKO_CARD = {"norm": HALF, "tile": "256 at 0.5", "interpolation": "bilinear"}
+KAIKO_REPO = "1aurent/vit_%s_224.kaiko_ai_towards_large_pathology_fms"
+VIRCHOW = {"gate": "gated", "patch_mean": True}
+GIGAPATH = {"file": "pytorch_model.bin", "gate": "gated", "tile": "256 at 0.5", "resize": 256}
+GPFM = {"file": "GPFM.pth", "tile": "512 at 0.25"}
+DRAWN = {"licence": "Apache-2.0, drawn and trained here; binds students: no", "tile": "64, drawn"}
+MIDNIGHT = {"norm": HALF, "interpolation": "bilinear", "patch_mean": True, "antialias": False}
+
 TEACHERS = {
-    "uni": TeacherSpec({**PATCH16, **VIT_L}, BINDS, repo="MahmoodLab/UNI"),
-    "virchow": TeacherSpec({**PATCH14, **VIT_H}, "Apache-2.0", repo="paige-ai/Virchow"),
-    "toy_cells": TeacherSpec(VIT_TOY, "Apache-2.0, drawn and trained here", task="cells"),
-    "toy_tissue": TeacherSpec(VIT_TOY, "Apache-2.0, drawn and trained here", task="tissue"),
+    "uni": TeacherSpec(P16 | VIT_L, BINDS, "MahmoodLab/UNI", **UNI_CARD),
+    "uni2_h": TeacherSpec(P14 | VIT_G | UNI2, BINDS, "MahmoodLab/UNI2-h", **UNI_CARD),
+    "virchow": TeacherSpec(P14 | VIT_H, APACHE, "paige-ai/Virchow", **VIRCHOW),
+    "virchow2": TeacherSpec(P14 | VIT_H | {"registers": 4}, NC_ND, "paige-ai/Virchow2", **VIRCHOW),
+    "h_optimus_0": TeacherSpec(P14 | VIT_G | REG4, APACHE, "bioptimus/H-optimus-0", gate="gated?", norm=OPTIMUS),
+    "h_optimus_1": TeacherSpec(P14 | VIT_G | REG4, BINDS, "bioptimus/H-optimus-1", gate="gated", norm=OPTIMUS),
+    "h0_mini": TeacherSpec(P14 | VIT_B | SWIGLU_B | REG4, NC_ND, "bioptimus/H0-mini", gate="gated", norm=OPTIMUS),
+    "gigapath": TeacherSpec(P16 | VIT_G, RESEARCH, "prov-gigapath/prov-gigapath", **GIGAPATH),
+    "phikon": TeacherSpec(P16 | VIT_B | NO_SCALE, OWKIN, "owkin/phikon"),
+    "phikon_v2": TeacherSpec(P16 | VIT_L, OWKIN, "owkin/phikon-v2"),
+    "midnight": TeacherSpec(P14 | VIT_G, "MIT; binds students: no", "kaiko-ai/midnight", **MIDNIGHT),
+    "hibou_b": TeacherSpec(P14 | VIT_B | SWIGLU_B | REG4, APACHE, "histai/hibou-b", gate="gated?", norm=HIBOU),
+    "hibou_l": TeacherSpec(P14 | VIT_L | SWIGLU_L | REG4, APACHE, "histai/hibou-L", gate="gated?", norm=HIBOU),
+    "gpfm": TeacherSpec(P14 | VIT_L, NC_ND, "majiabo/GPFM", **GPFM),
+    "kaiko_s16": TeacherSpec(P16 | VIT_S | NO_SCALE, KAIKO, KAIKO_REPO % "small_patch16", **KAIKO_CARD),
+    "kaiko_b16": TeacherSpec(P16 | VIT_B | NO_SCALE, KAIKO, KAIKO_REPO % "base_patch16", **KAIKO_CARD),
+    "kaiko_l14": TeacherSpec(P14 | VIT_L | REG4, KAIKO, KAIKO_REPO % "large_patch14_reg4", **KAIKO_CARD),
+    "lunit_s16": TeacherSpec(P16 | VIT_S | NO_SCALE, LUNIT_NC, "1aurent/vit_small_patch16_224.lunit_dino", norm=LUNIT),
+    "dinov2_s": TeacherSpec(P14 | VIT_S | REG4, APACHE, "facebook/dinov2-with-registers-small", tile="natural images"),
+    "dinov2_b": TeacherSpec(P14 | VIT_B | REG4, APACHE, "facebook/dinov2-with-registers-base", tile="natural images"),
+    "dinov2_l": TeacherSpec(P14 | VIT_L | REG4, APACHE, "facebook/dinov2-with-registers-large", tile="natural images"),
+    "toy_cells": TeacherSpec(VIT_TOY, **DRAWN, task="cells"),
+    "toy_tissue": TeacherSpec(VIT_TOY, **DRAWN, task="tissue"),
 }
 OFFLINE = [name for name, spec in TEACHERS.items() if spec.task]
 
 
 class Teacher(nn.Module):
-    """A frozen ViT with its own normalisation. dim: D_t; grid: patches a side; licence: what its weights come under."""
+    """A frozen ViT with its own normalisation. dim: D_t; grid: patches a side; embed_dim: width of `embed`; licence."""
 
     def __init__(self, name: str, vit: VisionTransformer):
         super().__init__()
-        self.name, self.vit, self.licence = name, vit.requires_grad_(False), TEACHERS[name].licence
-        self.dim, self.grid = vit.width, vit.grid
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in TEACHERS[name].norm)
+        self.name, self.vit, self.spec = name, vit.requires_grad_(False), TEACHERS[name]
+        self.dim, self.grid, self.licence = vit.width, vit.grid, self.spec.licence
+        self.embed_dim = 2 * vit.width if self.spec.patch_mean else vit.width
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.spec.norm)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.eval()
@@ -67,13 +119,16 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: int | None = None) -> dict[str, Tensor]:
-        """Images (B, 3, H, W), uint8 or in [0, 1] -> {"summary": (B, D_t), "patches": (B, N, D_t)}, N = grid * grid.
+        """Images (B, 3, S, S), uint8 or in [0, 1] -> {"summary": (B, D_t), "patches": (B, N, D_t)}, N = grid * grid.
 
         Images of another size are resized to the teacher's (bicubic, antialiased). Where `grid` is not the teacher's,
         its patch map is resampled (bilinear), so that patch i of teacher and student is the same piece of tissue.
+        ValueError: images that are not square, which resizing would distort.
         """
         images, size = to_float(images), self.vit.img_size
-        if images.shape[-2:] != (size, size):
+        if images.shape[-2] != images.shape[-1]:
+            raise ValueError(f"images of {tuple(images.shape[-2:])} px are not square; crop them, or use embed")
+        if images.shape[-1] != size:
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         # the weights' dtype is the compute dtype: a frozen model needs no fp32 master copy and no autocast
         tokens = self.vit.split(self.vit(normalise(images, self.mean, self.std).to(self.vit.norm.weight.dtype)))
@@ -83,121 +138,102 @@ class Teacher(nn.Module):
             tokens["patches"] = patches.flatten(2).transpose(1, 2)  # (B, grid * grid, D_t)
         return tokens
 
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), uint8 or in [0, 1] -> the card's embedding (B, embed_dim), as its authors evaluate it.
 
+        CLS, or CLS and the mean of patches, of the card's resize and crop. InputError: tiles enlarged over 4 times.
+        """
+        (height, width), size, mode = images.shape[-2:], self.vit.img_size, self.spec.interpolation
+        if 4 * min(height, width) < size:
+            need = f"{size // 4} px or more a side (the card: {self.spec.tile} microns per pixel)"
+            raise InputError(f"a tile of {width} x {height} px is too small for {self.name}; give tiles of {need}")
+        images = to_float(TF.resize(images, self.spec.resize or size, TF.InterpolationMode(mode)))  # antialiased
+        tokens = self(TF.center_crop(images.clamp(0, 1), size))  # bicubic overshoots
+        parts = [tokens["summary"], tokens["patches"].mean(1)] if self.spec.patch_mean else [tokens["summary"]]
+        return torch.cat(parts, -1)
+
+
+# ---- weight files -------------------------------------------------------------------------------------------------
 def check_names(names: list[str]) -> None:
     unknown = [name for name in names or [""] if name not in TEACHERS]
     if unknown:
         raise InputError(f"--teachers: no teacher is called '{unknown[0]}'; choose from {', '.join(TEACHERS)}")
 
 
-def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.device, torch.dtype]:
-    """--device, or the best at hand (on CUDA the GPU of this process), and the compute dtype of --precision on it."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def load_init(vit: VisionTransformer, init: str, weights_dir: str | Path = "weights") -> dict[str, str]:
+    """train.py --init: begin from a published teacher, by name, or from a file -> licences of what it came from."""
+    published = init in TEACHERS and init not in OFFLINE
+    path = find_weights([init], weights_dir)[init] if published else Path(init)
+    if not path.is_file():
+        raise InputError(f"--init: {init} is no file and no published teacher; give dinov2_b, or a student.pt")
+    load_published(vit, path, f"--init: {path}")
+    config = {"licences": {init: TEACHERS[init].licence}} if published else read_weights(path).get("config", {})
+    return config.get("licences", {init: "unknown; ask where the file comes from"})
+
+
+def find_weights(names: Iterable[str], weights_dir: str | Path = "weights", fetch: bool = True) -> dict[str, Path]:
+    """The file of every published teacher in `names`: in weights_dir, in Hugging Face's cache, or fetched now.
+
+    One InputError names all that are missing; without `fetch` they are left out.
+    """
     try:
-        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device: {name} is not to be had on this machine; use cpu, cuda or mps") from None
-    if precision == "fp16" and device.type != "cuda":
-        raise InputError(f"--precision fp16 needs CUDA; use fp32 or bf16 on {device.type}")
-    if precision == "auto" and device.type == "cuda":  # T4 and V100 only emulate bf16, slowly
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        import huggingface_hub as hub
 
-
-# ---- weight files -------------------------------------------------------------------------------------------------
-
-
-def read_weights(path: str | Path) -> dict:
-    """What a .safetensors, .bin, .pth or .pt file holds, on the CPU. Never runs code that a pickle carries."""
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return content if isinstance(content, dict) else {"not a state dict": content}
+        hub.logging.set_verbosity_error()  # its retries would bury the one line below
     except ImportError:
-        raise InputError(f"{path} needs the library safetensors: pip install safetensors") from None
-    except pickle.UnpicklingError:
-        why = "no weights file, or objects in it could run code"
-        raise InputError(f"{path} is refused: {why}; put the right file there") from None
-    except Exception as error:  # noqa: BLE001 - a damaged file raises many types
-        raise InputError(f"{path} is damaged ({type(error).__name__}); put a whole copy there") from None
-
-
-def find_weights(names: Iterable[str], weights_dir: str | Path = "weights") -> dict[str, Path]:
-    """The file of every published teacher in `names`, found or fetched; one InputError names all that are missing."""
-    found, missing, why = {}, [], ""
-    for name in names:
-        spec = TEACHERS[name]
-        if spec.task:
-            continue
+        hub = None
+    found, missing, why = {}, [], "not tried" if hub else "huggingface_hub is not installed"
+    for name, spec in ((name, TEACHERS[name]) for name in names if name not in OFFLINE):
         local = [Path(weights_dir) / f"{name}.{suffix}" for suffix in ("safetensors", "bin", "pth", "pt")]
-        found[name] = next((path for path in local if path.exists()), None)
-        if found[name] is None and "LocalEntryNotFound" not in why:  # once out of reach, not tried for the next
-            try:
-                import huggingface_hub
-
+        path = next((path for path in local if path.exists()), None)
+        if path is None and hub and spec.repo:
+            path = hub.try_to_load_from_cache(spec.repo, spec.file)
+            if not isinstance(path, str) and fetch and "LocalEntryNotFound" not in why:  # out of reach: not tried again
                 print(f"looking for {spec.file} of {spec.repo} on Hugging Face", flush=True)
-                huggingface_hub.logging.set_verbosity_error()  # its retries would bury the one line below
-                found[name] = Path(huggingface_hub.hf_hub_download(spec.repo, spec.file))
-            except ImportError:
-                why = "huggingface_hub is not installed"
-            except Exception as error:  # noqa: BLE001 - gated, offline, disk full: many types, and the same remedy
-                why = f"fetching failed: {type(error).__name__}"
-        if found[name] is None:
-            where = f"put {spec.file} of {spec.repo} (Hugging Face; request access there) at {weights_dir}/{name}.bin"
-            missing.append(f"{name}: {where} ({why}; licence {spec.licence})")
+                try:
+                    path = hub.hf_hub_download(spec.repo, spec.file)
+                except Exception as error:  # noqa: BLE001 - gated, offline, disk full: many types, and the same remedy
+                    why = f"fetching failed: {type(error).__name__}"
+        if isinstance(path, str | Path):
+            found[name] = Path(path)
+        elif fetch:
+            source = f"{spec.file} of {spec.repo} (Hugging Face, {spec.gate}; {why})" if spec.repo else "its weights"
+            missing.append(f"{name}: put {source} at {local[0].with_suffix(Path(spec.file).suffix)}")
     if missing:
-        raise InputError(f"no weights for {'. '.join(missing)}. With access, hf auth login lets them be fetched")
+        remedy = "Where the gate is not open, request access on the repo's page; then hf auth login allows fetching"
+        raise InputError(f"no weights for {'; '.join(missing)}. {remedy}")
     return found
 
 
-def load_teacher(
-    name: str,
-    weights_dir: str | Path = "weights",
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    steps: int = 500,
-    seed: int = 0,
-) -> Teacher:
-    """A frozen teacher, its weights held in `dtype`. steps, seed: training of an offline teacher, done on first use.
+def load_teacher(name: str, weights_dir="weights", device="cpu", dtype=torch.float32, steps=500, seed=0) -> Teacher:
+    """A frozen teacher on `device`, weights and compute in `dtype`; weights_dir: str or Path.
 
-    InputError: unknown name, no weights, a file of another architecture, a damaged file.
+    steps, seed: training of an offline teacher, done on first use. InputError: unknown name, no weights, a file of
+    another architecture, a damaged file.
     """
     check_names([name])
     spec = TEACHERS[name]
     if spec.task:
         # one file a recipe, so that a run with a tiny budget poisons no other
-        path = Path(weights_dir) / f"{name}-v{TISSUE_VERSION}-{steps}-{seed}.pt"
+        path = Path(weights_dir) / f"{name}-v{data.TISSUE_VERSION}-{steps}-{seed}.pt"
         if not path.exists():
-            make_folder(weights_dir, "--weights-dir")  # better refused before the training than after it
-            save_atomically(train_offline_teacher(name, steps, seed, device), path)
+            data.make_folder(weights_dir, "--weights-dir")  # better refused before the training than after it
+            data.save_atomically(train_offline_teacher(name, steps, seed, device), path)
     else:
         path = find_weights([name], weights_dir)[name]
     with torch.device("meta"):
         vit = VisionTransformer(**spec.arch)
-    load_strictly(vit, read_weights(path), f"{path} ({name})")
-    return Teacher(name, vit.to(dtype)).to(device)
+    load_published(vit, path, f"{path} ({name})", dtype, spec.antialias)
+    return Teacher(name, vit).to(device)
 
 
 # ---- offline teachers ---------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)  # both offline teachers learn from the same tiles
-def teacher_tiles(seed: int, n: int) -> dict[str, Tensor]:
-    return TissueTiles("teacher", seed).draw(n)
-
-
 def train_offline_teacher(name: str, steps: int, seed: int, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Supervised training on one label of synthetic tissue -> the ViT's state dict, on the CPU."""
     batch_size, lr = 32, 1e-3
     task = TEACHERS[name].task
-    tiles = teacher_tiles(seed, min(6144, steps * batch_size))
+    tiles = data.TissueTiles("teacher", seed).draw(min(6144, steps * batch_size))
     images, labels = tiles["image"].to(device), tiles[task].to(device)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in TEACHERS[name].norm)
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
@@ -217,3 +253,52 @@ def train_offline_teacher(name: str, steps: int, seed: int, device: str | torch.
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
     return {key: value.cpu() for key, value in vit.state_dict().items()}
+
+
+# ---- the command line ---------------------------------------------------------------------------------------------
+def list_teachers(weights_dir: str) -> None:
+    print("tile: pixels at microns per pixel; access: of the repo on Hugging Face\n")
+    for name, spec in TEACHERS.items():
+        with torch.device("meta"):
+            vit = VisionTransformer(**spec.arch)
+        millions = sum(p.numel() for p in vit.parameters()) / 1e6
+        mean, std = (" ".join(f"{value:.3f}" for value in values) for values in spec.norm)
+        found = find_weights([name], weights_dir, fetch=False)
+        where = "made on first use" if spec.task else found.get(name, "weights not found")
+        print(f"{name:12}{millions:9.3f} M  width {vit.width:4}  grid {vit.grid:2}  tile {spec.tile:14}", end="")
+        print(f"  mean {mean}  std {std}  access {spec.gate}\n{'':14}{where}; licence {spec.licence}")
+
+
+def main() -> None:
+    from evaluate import OneLineParser, choose_device, path  # not above: evaluate imports this file
+
+    parser = OneLineParser("teachers.py", __doc__)
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="a teacher to try; without it all are listed")
+    add("tile", nargs="?", metavar="TILE", help="an image to embed")
+    add("--weights-dir", type=path, default="weights", help="where weights are looked for (default: weights)")
+    add("--device", help="cuda, mps or cpu (default: the best at hand)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="(default: auto)")
+    args = parser.parse_args()
+    if args.name is None:
+        return list_teachers(args.weights_dir)
+    if args.tile is None:
+        raise InputError(f"TILE: give an image to embed: python teachers.py {args.name} tile.png")
+    device, dtype = choose_device(args.device, args.precision)
+    image = data.open_tile(args.tile)
+    if image is None:
+        raise InputError(f"{args.tile} cannot be read as an image; give a png, jpg, tif, bmp or webp")
+    began = time.monotonic()
+    teacher = load_teacher(args.name, args.weights_dir, device, dtype)
+    loaded = time.monotonic()
+    embedding = teacher.embed(TF.pil_to_tensor(image)[None].to(device)).float()
+    norm = embedding.norm().item()  # waits for the device
+    print(f"{teacher.name}, {dtype} on {device}: loaded in {loaded - began:.1f} s; licence {teacher.licence}")
+    size, seconds = f"{image.width} x {image.height} px", time.monotonic() - loaded
+    print(f"{args.tile}, {size} -> embedding {tuple(embedding.shape)}, L2 norm {norm:.3f}, in {seconds:.2f} s")
+
+
+if __name__ == "__main__":
+    import evaluate
+
+    evaluate.run_main(main)

@@ -18,7 +18,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -30,10 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 from data import InputError, progress
-from evaluate import OneLineParser, at_least, dim_list, name_list, path, run_main
+from evaluate import OneLineParser, at_least, choose_device, dim_list, name_list, path, run_main
 from losses import Standardizers, nested_loss
-from student import STUDENTS, Student, load_strictly
-from teachers import OFFLINE, TEACHERS, check_names, choose_device, find_weights, load_teacher, read_weights
+from student import STUDENTS, Student, load_strictly, read_weights
+from teachers import OFFLINE, TEACHERS, check_names, find_weights, load_init, load_teacher
 
 VIT = {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "save_every": 1000}
 DEFAULTS = {
@@ -58,8 +57,6 @@ class Distiller(nn.Module):
 
 
 # ---- flags --------------------------------------------------------------------------------------------------------
-
-
 def by_student(key: str) -> str:
     return "default: " + ", ".join(f"{student} {values[key]}" for student, values in DEFAULTS.items())
 
@@ -80,6 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=at_least(0), help="of student, order of tiles and synthetic tissue (default: 0)")
     add("--out", type=path, help="run folder (default: runs/demo, with published ones runs/TEACHERS-STUDENT)")
     add("--resume", type=path, metavar="DIR", help="go on with this run; its arguments are restored")
+    add("--init", type=path, help="begin from a published teacher (vit_b: dinov2_b), a student.pt or weights file")
     add("--standardize", choices=["phi-s", "channel", "none"], help="of the targets (default: phi-s)")
     add("--stats-tiles", type=at_least(2), help="for target statistics (default: 1024; published on a CPU: 64)")
     add("--teacher-steps", type=positive, help="training of the offline teachers (default: 500)")
@@ -108,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = {"teachers": OFFLINE, "accumulate": 1, "seed": 0, "standardize": "phi-s", "precision": "auto"}
     args |= {"teacher_steps": 500, "teacher_seed": 0, "weights_dir": "weights", "compile": False, "log_every": 50}
-    args |= {"resume": False, **dict.fromkeys(("data", "stop_at", "stats_tiles", "workers", "device")), **given}
+    args |= {"resume": False, **dict.fromkeys(("data", "stop_at", "stats_tiles", "workers", "device", "init")), **given}
     check_names(args["teachers"])
     published = [name for name in args["teachers"] if name not in OFFLINE]
     args.setdefault("student", "vit_b" if published else "toy")
@@ -130,8 +128,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---- what a run is made of ----------------------------------------------------------------------------------------
-
-
 def parameter_groups(student: nn.Module) -> list[dict]:
     """No weight decay on biases, norms, LayerScale, tokens and position embeddings."""
     decay, keep = [], []
@@ -158,8 +154,6 @@ def count(module: nn.Module) -> str:
 
 
 # ---- the run ------------------------------------------------------------------------------------------------------
-
-
 def train(args: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     (device, dtype), out = choose_device(args.device, args.precision), Path(args.out)
@@ -181,13 +175,15 @@ def train(args: argparse.Namespace) -> None:
     student = Student(args.student, teacher_dims, args.dims).to(device)
     size, grid = student.backbone.img_size, student.backbone.grid
     say(f"student {args.student}: {count(student.backbone)}, nested dims {args.dims}, on {device} in {dtype}")
+    licences = checkpoint["licences"] if checkpoint else {}  # of all that binds the student: init and teachers
+    if args.init and not checkpoint:
+        licences = load_init(student.backbone, args.init, args.weights_dir)
+        say(f"begun from {args.init}; licence " + "; ".join(f"{name}: {text}" for name, text in licences.items()))
     standardizers = Standardizers(teacher_dims, args.standardize).to(device)
     tiles = data.FolderTiles(args.data, size, args.seed) if args.data else data.TissueTiles("distil", args.seed, size)
     fingerprint = tiles.fingerprint() if args.data else None
     if checkpoint and fingerprint != checkpoint["tiles"]:
         raise InputError(f"--data: {args.data} does not hold the tiles this run began with; give the same folder")
-    if args.data and not rank and (small := tiles.count_small())[0]:
-        print(f"warning: {small[0]} of {small[1]} tiles are smaller than {size} px and get enlarged", file=sys.stderr)
 
     # Teachers, frozen
     recipe = {"steps": args.teacher_steps, "seed": args.teacher_seed}
@@ -200,6 +196,7 @@ def train(args: argparse.Namespace) -> None:
         dist.barrier()
     for name, teacher in teachers.items():
         say(f"teacher {name}: {count(teacher)}, width {teacher.dim}, grid {teacher.grid}; licence {teacher.licence}")
+    licences |= {name: teacher.licence for name, teacher in teachers.items()}
     source = f"{len(tiles.files)} tiles of {args.data}" if args.data else f"synthetic tissue drawn at {size} px"
     say(f"{args.steps} steps of {args.batch_size} tiles over {world} process(es); {source}; run folder {out}")
 
@@ -245,11 +242,10 @@ def train(args: argparse.Namespace) -> None:
     def save(step: int) -> None:
         parts = {"student": student, "standardizers": standardizers, "optimizer": optimizer, "scaler": scaler}
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"step": step, "args": vars(args) | {"stop_at": None}, "tiles": fingerprint}
+        state |= {"step": step, "args": vars(args) | {"stop_at": None}, "tiles": fingerprint, "licences": licences}
         data.save_atomically(state, out / "last.pt")
-        config = {"student": args.student, "arch": STUDENTS[args.student], "nested_dims": args.dims}
-        config |= {"teachers": {name: t.licence for name, t in teachers.items()}, "teacher_recipe": recipe}
-        config |= {"step": step, "steps": args.steps}
+        config = {"student": args.student, "arch": STUDENTS[args.student], "nested_dims": args.dims, "step": step}
+        config |= {"steps": args.steps, "teachers": args.teachers, "teacher_recipe": recipe, "licences": licences}
         data.save_atomically({"state_dict": student.backbone.state_dict(), "config": config}, out / "student.pt")
 
     # The loop
@@ -319,15 +315,14 @@ def log(args: argparse.Namespace, done: int, loss: float, lr: float, rate: float
 def finish(out: Path, student: Student, teachers: dict, seed: int) -> None:
     """The demo's table, and what to try next."""
     if teachers:
-        models = {f"teacher {name}": (teacher, [teacher.dim]) for name, teacher in teachers.items()}
+        models = {f"teacher {name}": (teacher, [teacher.embed_dim]) for name, teacher in teachers.items()}
         rows = evaluate.report({**models, "student": (student, student.nested_dims)}, [out], None, seed)
         smaller = 100 - 100 * rows[-1]["parameters"] / min(row["parameters"] for row in rows[: len(teachers)])
         print(f"\nThe student is at least {smaller:.1f} % smaller than each of its teachers.")
     print(f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out} --data labelled/")
     if teachers:
-        print("  python train.py --teachers toy_cells --out runs/cells      what a student of one teacher lacks")
         print("  python train.py --data tiles/ --out runs/tiles             the same teachers on your own tiles")
-        print("  python train.py --teachers uni,virchow --data tiles/       published teachers")
+        print("  python teachers.py                                         published teachers, to choose from")
 
 
 def main() -> None:

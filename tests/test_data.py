@@ -97,12 +97,17 @@ def test_exif_rotation_is_undone(tmp_path):
     assert np.array_equal(np.array(data.open_tile(tmp_path / "turned.png")), np.array(image.rotate(-90, expand=True)))
 
 
-def test_small_tiles_are_enlarged_and_counted(tmp_path):
+def test_small_tiles_are_enlarged_and_named(tmp_path):
     write_tiles(tmp_path / "large", 3, (70, 70))
     write_tiles(tmp_path / "small", 2, (40, 90))
     dataset = FolderTiles(tmp_path, 64, 0)
-    assert dataset.count_small() == (2, 5)
     assert samples(dataset, range(5)).shape == (5, 3, 64, 64)
+    assert sorted(dataset[k]["small"] for k in range(5)) == [
+        "",
+        "",
+        "",
+        *sorted(map(str, (tmp_path / "small").iterdir())),
+    ]
 
 
 def broken_files():
@@ -163,7 +168,8 @@ def test_labelled_folders(tmp_path):
             write_tiles(tmp_path / split / name / "patient", 2, (100, 70))
     train = LabelledTiles(tmp_path, "train", 64)
     assert (train.classes, len(train.files)) == (["a", "b"], 4)
-    assert [train[k]["label"] for k in range(4)] == [0, 0, 1, 1] and train[0]["image"].shape == (3, 64, 64)
+    assert train.labels.tolist() == [0, 0, 1, 1] and [train[k]["index"] for k in range(4)] == [0, 1, 2, 3]
+    assert train[0]["image"].shape == (3, 64, 64)
     write_tiles(tmp_path / "test" / "c", 1)
     with pytest.raises(InputError, match="none of the classes of train/"):
         LabelledTiles(tmp_path, "test", 64, train.classes)

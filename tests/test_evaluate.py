@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_tiles
@@ -63,7 +65,8 @@ def run(tmp_path):
     student, folder = Student("toy", {}, [4, 8]), tmp_path / "run"
     folder.mkdir()
     arch = STUDENTS["toy"]
-    config = {"arch": arch, "nested_dims": [4, 8, 48], "teachers": {}, "teacher_recipe": {}, "step": 1, "steps": 2}
+    config = {"arch": arch, "nested_dims": [4, 8, 48], "teachers": [], "teacher_recipe": {}, "step": 1, "steps": 2}
+    config |= {"student": "toy", "licences": {"uni": "CC-BY-NC-ND-4.0; binds students: yes", "virchow": "Apache-2.0"}}
     torch.save({"state_dict": student.backbone.state_dict(), "config": config}, folder / "student.pt")
     return folder
 
@@ -114,3 +117,47 @@ def test_what_is_no_run_is_refused(tmp_path, run):
     torch.save(content, run / "student.pt")
     with pytest.raises(InputError, match=r"norm.weight is \(7,\), not \(48,\)"):
         evaluate.load_student(run)
+
+
+def test_export_holds_the_cut_embeddings_paths_and_licences(tmp_path, run, monkeypatch, capsys):
+    write_tiles(tmp_path / "tiles" / "a", 70, (90, 70))
+    write_tiles(tmp_path / "tiles" / "b", 60, (64, 64))
+    (tmp_path / "tiles" / "a" / "tile_003.png").write_bytes(b"broken")
+
+    def export(*flags):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", str(run), "--device", "cpu", *map(str, flags)])
+        evaluate.main()
+
+    export("--embed", tmp_path / "tiles", "--dim", 7, "--out", tmp_path / "x.npz")
+    exported = np.load(tmp_path / "x.npz")  # no pickle inside
+    names = [f"a/tile_{i:03d}.png" for i in range(70) if i != 3] + [f"b/tile_{i:03d}.png" for i in range(60)]
+    assert exported["paths"].tolist() == names and exported["embeddings"].shape == (129, 7)
+    assert (exported["dim"], exported["model"], exported["step"]) == (7, "toy", 1)
+    licences = ["uni: CC-BY-NC-ND-4.0; binds students: yes", "virchow: Apache-2.0"]
+    assert exported["licences"].tolist() == licences and licences[0] in capsys.readouterr().out
+    student, _ = evaluate.load_student(run)
+    for i in (0, 3, 128):  # beside one tile at a time, opened by hand
+        image = Image.open(tmp_path / "tiles" / names[i])
+        width, height = (round(side * 64 / min(image.size)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left = round((width - 64) / 2)
+        pixels = torch.from_numpy(np.array(image.crop((left, 0, left + 64, 64)))).permute(2, 0, 1)
+        with torch.no_grad():
+            expected = student(pixels[None])["summary"][0, :7]
+        torch.testing.assert_close(torch.from_numpy(exported["embeddings"][i]), expected, atol=0.02, rtol=0.02)
+    export("--embed", tmp_path / "tiles" / "b", "--half", "--out", tmp_path / "y.npz")
+    half = np.load(tmp_path / "y.npz")["embeddings"]
+    assert half.dtype == np.float16 and half.shape == (60, 48)
+    np.testing.assert_allclose(half[:, :7], exported["embeddings"][69:], atol=2e-3, rtol=2e-3)
+    for flags, message in (
+        (["--embed", tmp_path / "tiles", "--out", tmp_path / "x.npz"], "--out: .*x.npz exists"),
+        (["--embed", tmp_path / "tiles"], "--embed takes one RUN, and --out"),
+        (["--embed", tmp_path / "tiles", "--dim", 49, "--out", tmp_path / "z.npz"], "--dim: 49 is above the width"),
+        (["--embed", tmp_path / "none", "--out", tmp_path / "z.npz"], "--embed: .*none is not a folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export(*flags)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match="cannot write .*z.npz: .*No space left"):
+        export("--embed", tmp_path / "tiles", "--out", tmp_path / "z.npz")
+    assert not list(tmp_path.glob("z.npz*"))

@@ -1,11 +1,13 @@
 """The loop: resuming, processes, accumulation change nothing; bad input ends in one line; students load into timm."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 
+import cards
 import pytest
 import torch
 from conftest import ROOT, oracle, write_tiles
@@ -17,6 +19,7 @@ import evaluate
 import train
 from data import InputError
 from student import STUDENTS, Student
+from teachers import TEACHERS, load_init
 
 TINY = ["--teacher-steps", "2", "--batch-size", "8", "--device", "cpu", "--dims", "4,16", "--stats-tiles", "16"]
 
@@ -245,11 +248,11 @@ def test_unreadable_tiles_end_the_run_by_name(tmp_path, run, tiles):
         run(*TINY, "--steps", 2, "--data", tiles, "--out", tmp_path / "run")
 
 
-def test_small_tiles_get_one_warning_that_counts_them(tmp_path, run, tiles, capsys):
+def test_small_tiles_get_one_warning_that_names_one(tmp_path, run, tiles, capsys):
     write_tiles(tiles / "small", 3, (50, 50))
-    run(*TINY, "--steps", 1, "--data", tiles, "--out", tmp_path / "run")
+    run(*TINY, "--steps", 3, "--data", tiles, "--out", tmp_path / "run")
     warnings = [line for line in capsys.readouterr().err.splitlines() if "smaller" in line]
-    assert warnings == ["warning: 3 of 15 tiles are smaller than 64 px and get enlarged"]
+    assert len(warnings) == 1 and warnings[0].startswith(f"warning: {tiles / 'small'}/tile_00")
 
 
 def test_vit_s_from_the_loop_loads_into_timm_at_every_dim(tmp_path, run, tiles):
@@ -298,9 +301,78 @@ def test_published_teachers_shallow_end_to_end(tmp_path, shallow, tiles, capsys)
     printed = capsys.readouterr().out
     assert "grid 14" in printed and "grid 16" in printed and "licence CC-BY-NC-ND-4.0" in printed
     assert "step 2/2" in printed and "virchow summary" in printed
-    assert (
-        torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]["teachers"]["virchow"] == "Apache-2.0"
-    )
+    config = torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]
+    assert config["teachers"] == ["uni", "virchow"]
+    assert config["licences"] == {name: TEACHERS[name].licence for name in ("uni", "virchow")}
+    assert "binds students: yes" in config["licences"]["uni"] and "licence " + config["licences"]["virchow"] in printed
+
+
+@pytest.fixture
+def one_layer(monkeypatch):
+    """dinov2_s and vit_s with one layer each: enough for what --init has to do, and quick."""
+    arch = STUDENTS["vit_s"] | {"depth": 1}
+    monkeypatch.setitem(STUDENTS, "vit_s", arch)
+    monkeypatch.setitem(TEACHERS, "dinov2_s", dataclasses.replace(TEACHERS["dinov2_s"], arch=arch))
+
+
+@pytest.mark.parametrize("layout", ["hf-518", "timm", "dinov2"])
+def test_init_from_dinov2_equals_the_reference(tmp_path, run, tiles, one_layer, capsys, layout):
+    """37 x 37 position embeddings, resampled to 16 x 16; before any training the student gives the reference's tokens."""
+    state, forward = cards.reference("dinov2_s", layout, tmp_path, depth=1)
+    cards.write(state, tmp_path / "dinov2.pth")
+    student = Student("vit_s", {}, [])
+    assert list(load_init(student.backbone, str(tmp_path / "dinov2.pth"))) == [str(tmp_path / "dinov2.pth")]
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens, expected = student.backbone.split(student.backbone(x)), forward(x)
+    for got, wanted in zip(tokens.values(), expected):
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in student.parameters())
+
+
+def test_init_by_name_warm_start_and_inherited_licences(tmp_path, weights_dir, tiles, one_layer, capsys):
+    def run(*argv):
+        flags = [*TINY[:2], "--student", "vit_s", "--batch-size", 2, "--steps", 1, "--data", tiles, "--device", "cpu"]
+        flags += ["--stats-tiles", 2, "--weights-dir", weights_dir, *argv]
+        train.train(train.parse_args(list(map(str, flags))))
+        return torch.load(tmp_path / argv[argv.index("--out") + 1] / "student.pt", weights_only=True)
+
+    state, _ = cards.reference("dinov2_s", "timm", tmp_path, depth=1)
+    cards.write(state, weights_dir / "dinov2_s.safetensors")
+    first = run("--init", "dinov2_s", "--lr", 1e-9, "--teachers", "toy_cells", "--out", tmp_path / "first")
+    assert first["config"]["licences"] == {name: TEACHERS[name].licence for name in ("dinov2_s", "toy_cells")}
+    assert f"begun from dinov2_s; licence dinov2_s: {TEACHERS['dinov2_s'].licence}" in capsys.readouterr().out
+    torch.testing.assert_close(first["state_dict"]["norm.weight"], state["norm.weight"], atol=1e-6, rtol=0)
+    warm = ["--init", tmp_path / "first" / "student.pt", "--teachers", "toy_tissue", "--out", tmp_path / "second"]
+    second = run(*warm, "--lr", 1e-9, "--stop-at", 1)
+    assert list(second["config"]["licences"]) == ["dinov2_s", "toy_cells", "toy_tissue"]
+    for key, value in first["state_dict"].items():
+        torch.testing.assert_close(second["state_dict"][key], value, atol=1e-6, rtol=0)
+    (weights_dir / "dinov2_s.safetensors").unlink()  # a resume reads the checkpoint, not --init
+    assert train.parse_args(["--resume", str(tmp_path / "first")]).init == "dinov2_s"
+    with pytest.raises(InputError, match="--init: .*first/student.pt holds another model: .*cls_token is"):
+        train.train(train.parse_args([*TINY, "--init", f"{tmp_path}/first/student.pt", "--out", f"{tmp_path}/third"]))
+    for init, message in (("none.pt", "none.pt is no file"), ("toy_cells", "toy_cells is no file and no published")):
+        with pytest.raises(InputError, match=f"--init: {message}"):
+            train.train(train.parse_args([*TINY, "--init", init, "--out", f"{tmp_path}/third"]))
+    with pytest.raises(InputError, match="no weights for dinov2_b"):
+        train.train(train.parse_args([*TINY, "--init", "dinov2_b", "--out", f"{tmp_path}/third"]))
+    assert not (tmp_path / "third").exists()
+
+
+def test_licences_and_init_survive_a_resume(tmp_path, run):
+    student = Student("toy", {}, [])
+    config = {"licences": {"uni": "binds"}}
+    torch.save({"state_dict": student.backbone.state_dict(), "config": config}, tmp_path / "student.pt")
+    whole = [*TINY, "--steps", 4, "--seed", 3, "--init", tmp_path / "student.pt"]
+    run(*whole, "--out", tmp_path / "whole")
+    run(*whole, "--stop-at", 2, "--out", tmp_path / "parts")
+    (tmp_path / "student.pt").unlink()
+    run("--resume", tmp_path / "parts", "--stop-at", 4)
+    assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+    for name in ("whole", "parts"):
+        config = torch.load(tmp_path / name / "student.pt", weights_only=True)["config"]
+        assert list(config["licences"]) == ["uni", "toy_cells", "toy_tissue"] and config["licences"]["uni"] == "binds"
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
