@@ -7,11 +7,15 @@ import shutil
 import subprocess
 import sys
 
+import cards
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, oracle, write_tiles
+from conftest import ROOT, oracle, randomise, write_tiles
+from PIL import Image
 
-from student import STUDENTS, Student
+from student import IMAGENET, STUDENTS, Student
+from teachers import TEACHERS
 
 README = (ROOT / "README.md").read_text()
 TINY = "--steps 4 --teacher-steps 2 --batch-size 4 --device cpu --stats-tiles 8"
@@ -83,6 +87,50 @@ def test_snippets(copy):
             [sys.executable, "-c", snippet + check], cwd=copy, capture_output=True, text=True, check=False
         )
         assert result.returncode == 0, result.stderr
+
+
+def test_a_teacher_of_ones_own(copy):
+    """Done as the README says: its entry pasted into the registry, a file under weights/, then the two commands."""
+    timm = oracle("timm")
+    [entry] = blocks("py")
+    assert len(entry.splitlines()) == 5
+    source = (copy / "teachers.py").read_text()
+    assert source.count("\nTEACHERS = {\n") == 1
+    (copy / "teachers.py").write_text(source.replace("\nTEACHERS = {\n", "\nTEACHERS = {\n" + entry))
+    twin = randomise(timm.create_model("vit_small_patch16_224", init_values=1e-5, num_classes=0))
+    (copy / "weights").mkdir(exist_ok=True)
+    torch.save(twin.state_dict(), copy / "weights" / "mine.pth")
+    tile = write_tiles(copy / "own", 2, (224, 224))[0]
+    result = run(f"python teachers.py mine {tile} --device cpu", copy)
+    assert result.returncode == 0, result.stderr
+    pixels = torch.from_numpy(np.array(Image.open(tile))).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    with torch.no_grad():
+        norm = twin((pixels - mean) / std).norm().item()
+    printed = float(re.search(r"embedding \(1, 384\), L2 norm ([0-9.]+)", result.stdout)[1])
+    assert printed == pytest.approx(norm, rel=1e-4)
+    flags = "--student vit_s --data own --steps 1 --batch-size 2 --stats-tiles 2 --device cpu"
+    result = run(f"python train.py --teachers mine {flags}", copy)
+    assert result.returncode == 0 and "licence MIT; binds students: no" in result.stdout, result.stderr
+    shutil.copy(ROOT / "teachers.py", copy)
+
+
+def test_the_readmes_table_of_teachers():
+    """Every published teacher stands in one row, with its parameters, access and licence."""
+    rows = re.findall(r"^\| (`\w+`.*\|.*\|.*; (?:yes|no|presume).*) \|$", README, re.MULTILINE)
+    seen = []
+    for row in rows:
+        names, parameters, access, licence = (cell.strip() for cell in row.split("|"))
+        names = re.findall(r"`(\w+)`", names)
+        millions = [int(number) for number in re.findall(r"\d+", parameters)]
+        assert millions == [round(cards.COUNTS[name][1] / 1e6) for name in names]
+        for name in names:
+            spec = TEACHERS[name]
+            binds = re.search(r"binds students: (no|yes|presume so)", spec.licence)[1]
+            assert re.search(rf"; {binds}\b", licence), name
+            assert spec.gate == access and spec.licence.startswith(licence.split(";")[0]), name
+        seen += names
+    assert sorted(seen) == sorted(cards.COUNTS)
 
 
 def test_source_budget():
