@@ -298,6 +298,7 @@ def fit_positions(cls_token: Tensor, pos_embed: Tensor, vit: VisionTransformer, 
     prefix, patches = pos_embed[:, :n_prefix], pos_embed[:, n_prefix:]
     side = math.isqrt(patches.shape[1])
     if side != vit.grid and side**2 == patches.shape[1]:
+        print(f"position embedding resampled from {side} x {side} to {vit.grid} x {vit.grid}")
         patches = patches.transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
         patches = F.interpolate(patches, (vit.grid, vit.grid), mode="bicubic", antialias=antialias)
         pos_embed = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], 1)  # (1, rows of vit, D)

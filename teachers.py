@@ -207,10 +207,9 @@ def find_weights(names: Iterable[str], weights_dir: str | Path = "weights", fetc
 
 
 def load_teacher(name: str, weights_dir="weights", device="cpu", dtype=torch.float32, steps=500, seed=0) -> Teacher:
-    """A frozen teacher on `device`, weights and compute in `dtype`; weights_dir: str or Path.
+    """A frozen teacher on `device`, weights and compute in `dtype`. InputError: unknown name, no or unfit weights.
 
-    steps, seed: training of an offline teacher, done on first use. InputError: unknown name, no weights, a file of
-    another architecture, a damaged file.
+    weights_dir: str or Path; steps, seed: training of an offline teacher, done on first use.
     """
     check_names([name])
     spec = TEACHERS[name]
@@ -257,7 +256,7 @@ def train_offline_teacher(name: str, steps: int, seed: int, device: str | torch.
 
 # ---- the command line ---------------------------------------------------------------------------------------------
 def list_teachers(weights_dir: str) -> None:
-    print("tile: pixels at microns per pixel; access: of the repo on Hugging Face\n")
+    print("tile: pixels at microns per pixel; access: to the repo on Hugging Face; to try one: NAME TILE\n")
     for name, spec in TEACHERS.items():
         with torch.device("meta"):
             vit = VisionTransformer(**spec.arch)

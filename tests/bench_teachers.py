@@ -18,7 +18,7 @@ from pathlib import Path
 
 import cards
 import torch
-from conftest import ROOT
+from conftest import ROOT, randomise
 
 from evaluate import choose_device
 from teachers import TEACHERS, load_teacher
@@ -118,8 +118,7 @@ def main() -> None:
         for name in args.names:
             suffix = Path(TEACHERS[name].file).suffix
             path = Path(folder) / f"{name}{suffix}"
-            torch.manual_seed(0)
-            cards.write(cards.timm_model(name).state_dict(), path)
+            cards.write(randomise(cards.timm_model(name)).state_dict(), path)
             print(f"\n{name}: {path.stat().st_size / 1e9:.2f} GB of random weights as {suffix}")
             for kind in dict.fromkeys([torch.bfloat16, dtype]):
                 depth = TEACHERS[name].arch["depth"]
