@@ -228,6 +228,8 @@ def open_tile(path: str | Path) -> Image.Image | None:
     """An image file as Pillow's RGB, upright after its EXIF tag; None where it cannot be read."""
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF" and not 1 < image.getextrema()[1] < 256:
+                raise ValueError("16-bit grey or float, which Pillow would clip to white or black")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception:  # noqa: BLE001 - Pillow raises a dozen types on broken files, and all mean the same here
         return None
@@ -307,13 +309,12 @@ class Skipped:
     """Names unreadable tiles once each, InputError when they pass 1 % of `tiles`; names the first one too small."""
 
     def __init__(self, tiles: int):
-        self.tiles, self.paths, self.small = tiles, set(), None
+        self.tiles, self.paths, self.small = tiles, set(), False
 
     def check(self, batch: dict) -> dict:
-        small = next(filter(None, batch.get("small", [])), None)
-        if small and not self.small:
-            self.small = small
-            print(f"warning: {small} and perhaps others are smaller than the crop and get enlarged", file=sys.stderr)
+        if not self.small and (small := [path for path in batch.get("small", []) if path]):
+            self.small = True
+            print(f"warning: {small[0]}, perhaps others too, is smaller than the crop, so enlarged", file=sys.stderr)
         for path in "\0".join(batch.get("skipped", [])).split("\0"):
             if path and path not in self.paths:
                 self.paths.add(path)

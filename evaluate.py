@@ -167,7 +167,7 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        print("interrupted; train.py goes on with --resume, all else has to begin anew", file=sys.stderr)
         sys.exit(130)
 
 
@@ -231,7 +231,7 @@ def main() -> None:
     add("--dims", type=dim_list, help="comma-separated (default: each run's nested dims)")
     add("--teachers", type=name_list, help="beside the runs, '' for none (default: offline ones of the last run)")
     add("--embed", type=path, metavar="DIR", help="instead, write the embeddings of all tiles of a folder to --out")
-    add("--dim", type=at_least(1), help="with --embed: channels to keep (default: all)")
+    add("--dim", type=at_least(1), help="with --embed: channels to keep, best a nested dim (default: all)")
     add("--half", action="store_true", help="with --embed: fp16 instead of fp32")
     add("--out", type=path, metavar="X.npz", help="with --embed: the file to write")
     add("--seed", type=at_least(0), default=0, help="of the synthetic tissue (default: 0)")

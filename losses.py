@@ -28,27 +28,23 @@ Tokens = dict[str, Tensor]  # {"summary": (B, D), "patches": (B, N, D)}
 def hadamard(n: int) -> Tensor:
     """A Hadamard matrix (n, n) of entries +-1, H H^T = n I, in float64. InputError where n has no construction here.
 
-    Sylvester's for 2^k; otherwise a Kronecker product of Sylvester's with Paley's of size 12 or 20 (q = 11, 19).
+    Sylvester's doubling, begun with 1 or with Paley's matrix of size 12 or 20 (q = 11, 19).
     """
-    for size in (1, 12, 20):
-        power, rest = divmod(n, size)
-        if rest == 0 and power & (power - 1) == 0:  # n = size * 2^k
-            break
-    else:
-        raise InputError(f"no Hadamard matrix of size {n} (2^k, 12 * 2^k, 20 * 2^k); use --standardize channel")
-    H = torch.ones(1, 1, dtype=torch.float64)
-    if size > 1:  # Paley: H = I + S, S skew-symmetric, built on the quadratic residues modulo q
-        q = size - 1
+    if n == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    if n in (12, 20):  # Paley: H = I + S, S skew-symmetric, built on the quadratic residues modulo q
+        q = n - 1
         residues = {i * i % q for i in range(1, q)}
         chi = torch.tensor([0] + [1 if i in residues else -1 for i in range(1, q)], dtype=torch.float64)
         i = torch.arange(q)
-        S = torch.zeros(size, size, dtype=torch.float64)
+        S = torch.zeros(n, n, dtype=torch.float64)
         S[0, 1:], S[1:, 0] = 1, -1
         S[1:, 1:] = chi[(i[None] - i[:, None]) % q]
-        H = torch.eye(size, dtype=torch.float64) + S
-    while len(H) < n:
-        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    return H
+        return torch.eye(n, dtype=torch.float64) + S
+    if n % 2:
+        raise InputError("no Hadamard matrix of this width (only 2^k, 12 * 2^k, 20 * 2^k); use --standardize channel")
+    H = hadamard(n // 2)
+    return torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
 
 
 class Standardizer(nn.Module):

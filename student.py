@@ -12,9 +12,11 @@ Sources: ViT (arXiv 2010.11929), registers (2309.16588), Matryoshka representati
 as in RADIO (2312.06709). The layers of the head are our choice, not checked against the paper's method section.
 """
 
+import contextlib
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from data import InputError
 
+warnings.filterwarnings("ignore", "Detected pickle protocol")  # such a file loads, or is refused in one line
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of the students' input, as of timm's DINOv2 ViTs
 SHARED = {"img_size": 224, "patch_size": 14, "depth": 12, "registers": 4, "pos_on_prefix": False}
 TOY = {"img_size": 64, "patch_size": 8, "depth": 5, "registers": 1, "pos_on_prefix": False}
@@ -225,12 +228,14 @@ def read_weights(path: str | Path) -> dict:
 
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return content if isinstance(content, dict) else {"not a state dict": content}
+        return content if isinstance(content, dict) else {"the whole content": content}
     except ImportError:
         raise InputError(f"{path} needs the library safetensors: pip install safetensors") from None
     except Exception as error:  # noqa: BLE001 - a damaged file raises many types
         unsafe = isinstance(error, pickle.UnpicklingError)
         why = "refused: no weights, or objects that could run code" if unsafe else f"damaged ({type(error).__name__})"
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            why = "a Git LFS pointer, not yet pulled" if b"git-lfs" in file.read(99) else why
         raise InputError(f"{path} is {why}; put a whole copy of the right file there") from None
 
 
@@ -240,7 +245,7 @@ def load_strictly(model: nn.Module, state: dict, source: str) -> None:
     found = {key: tuple(getattr(value, "shape", "?")) for key, value in state.items()}
     wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
     if wrong:
-        three = [f"{key} is {found.get(key, 'missing')}, not {expected.get(key, 'expected')}" for key in wrong[:3]]
+        three = [f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'none')}" for key in wrong[:3]]
         raise InputError(f"{source} holds another model: {len(wrong)} tensors differ, first {'; '.join(three)}")
     model.load_state_dict(state, assign=any(value.is_meta for value in model.state_dict().values()))
 
@@ -261,7 +266,7 @@ RENAMES = [  # in this order: wrappers of training code; Hugging Face's ViT and 
     (r"\.(intermediate\.dense|mlp\.weights_in|mlp\.w12)\.", ".mlp.fc1."),
     (r"\.(output\.dense|mlp\.weights_out|mlp\.w3)\.", ".mlp.fc2."),
 ]
-UNUSED = r"mask_token$|pooler\.|dino_head\.|ibot_head\."  # of pretraining; every other surplus tensor is refused
+UNUSED = r"mask_token$|(pooler|classifier|head|dino_head|ibot_head)\."  # any other surplus tensor is refused
 
 
 def timm_state(state: dict, vit: VisionTransformer, dtype: torch.dtype, antialias: bool = True) -> dict[str, Tensor]:

@@ -165,11 +165,12 @@ def load_init(vit: VisionTransformer, init: str, weights_dir: str | Path = "weig
     """train.py --init: begin from a published teacher, by name, or from a file -> licences of what it came from."""
     published = init in TEACHERS and init not in OFFLINE
     path = find_weights([init], weights_dir)[init] if published else Path(init)
+    path = path / "student.pt" if path.is_dir() else path
     if not path.is_file():
-        raise InputError(f"--init: {init} is no file and no published teacher; give dinov2_b, or a student.pt")
+        raise InputError(f"--init: {init} is no file and no published teacher; give dinov2_b, dinov2_s or runs/NAME")
     load_published(vit, path, f"--init: {path}")
     config = {"licences": {init: TEACHERS[init].licence}} if published else read_weights(path).get("config", {})
-    return config.get("licences", {init: "unknown; ask where the file comes from"})
+    return config.get("licences", {path.name: "unknown; ask where the file comes from"})
 
 
 def find_weights(names: Iterable[str], weights_dir: str | Path = "weights", fetch: bool = True) -> dict[str, Path]:
@@ -198,11 +199,11 @@ def find_weights(names: Iterable[str], weights_dir: str | Path = "weights", fetc
         if isinstance(path, str | Path):
             found[name] = Path(path)
         elif fetch:
-            source = f"{spec.file} of {spec.repo} (Hugging Face, {spec.gate}; {why})" if spec.repo else "its weights"
+            access = "open" if spec.gate == "open" else f"{spec.gate}: request access on its page, then hf auth login"
+            source = f"{spec.file} of {spec.repo} (Hugging Face, {access}; {why})" if spec.repo else "its weights"
             missing.append(f"{name}: put {source} at {local[0].with_suffix(Path(spec.file).suffix)}")
     if missing:
-        remedy = "Where the gate is not open, request access on the repo's page; then hf auth login allows fetching"
-        raise InputError(f"no weights for {'; '.join(missing)}. {remedy}")
+        raise InputError(f"no weights for {'; '.join(missing)}")
     return found
 
 
@@ -223,7 +224,8 @@ def load_teacher(name: str, weights_dir="weights", device="cpu", dtype=torch.flo
         path = find_weights([name], weights_dir)[name]
     with torch.device("meta"):
         vit = VisionTransformer(**spec.arch)
-    load_published(vit, path, f"{path} ({name})", dtype, spec.antialias)
+    origin = f"{spec.file} of {spec.repo}" if spec.repo else name
+    load_published(vit, path, f"{path}, which should be {origin},", dtype, spec.antialias)
     return Teacher(name, vit).to(device)
 
 
@@ -263,7 +265,7 @@ def list_teachers(weights_dir: str) -> None:
         millions = sum(p.numel() for p in vit.parameters()) / 1e6
         mean, std = (" ".join(f"{value:.3f}" for value in values) for values in spec.norm)
         found = find_weights([name], weights_dir, fetch=False)
-        where = "made on first use" if spec.task else found.get(name, "weights not found")
+        where = "made on first use" if spec.task else found.get(name, f"not found: {spec.file} of {spec.repo}")
         print(f"{name:12}{millions:9.3f} M  width {vit.width:4}  grid {vit.grid:2}  tile {spec.tile:14}", end="")
         print(f"  mean {mean}  std {std}  access {spec.gate}\n{'':14}{where}; licence {spec.licence}")
 
@@ -281,20 +283,22 @@ def main() -> None:
     args = parser.parse_args()
     if args.name is None:
         return list_teachers(args.weights_dir)
+    check_names([args.name])
     if args.tile is None:
         raise InputError(f"TILE: give an image to embed: python teachers.py {args.name} tile.png")
     device, dtype = choose_device(args.device, args.precision)
     image = data.open_tile(args.tile)
     if image is None:
-        raise InputError(f"{args.tile} cannot be read as an image; give a png, jpg, tif, bmp or webp")
+        raise InputError(f"{args.tile} does not exist, or cannot be read; give a png, jpg, tif, bmp or webp of 8 bits")
     began = time.monotonic()
     teacher = load_teacher(args.name, args.weights_dir, device, dtype)
     loaded = time.monotonic()
-    embedding = teacher.embed(TF.pil_to_tensor(image)[None].to(device)).float()
-    norm = embedding.norm().item()  # waits for the device
+    embedding = teacher.embed(TF.pil_to_tensor(image)[None].to(device)).float().cpu()  # (1, embed_dim)
     print(f"{teacher.name}, {dtype} on {device}: loaded in {loaded - began:.1f} s; licence {teacher.licence}")
-    size, seconds = f"{image.width} x {image.height} px", time.monotonic() - loaded
-    print(f"{args.tile}, {size} -> embedding {tuple(embedding.shape)}, L2 norm {norm:.3f}, in {seconds:.2f} s")
+    seconds, side = time.monotonic() - loaded, teacher.spec.resize or teacher.vit.img_size
+    print(f"{args.tile}: {image.width} x {image.height} px, shorter side to {side} px, then the centre")
+    print(f"embedding {tuple(embedding.shape)}, L2 norm {embedding.norm():.3f}, in {seconds:.2f} s, begins", end=" ")
+    print(" ".join(f"{value:.4f}" for value in embedding[0, :5]))
 
 
 if __name__ == "__main__":

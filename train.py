@@ -57,23 +57,20 @@ class Distiller(nn.Module):
 
 
 # ---- flags --------------------------------------------------------------------------------------------------------
-def by_student(key: str) -> str:
-    return "default: " + ", ".join(f"{student} {values[key]}" for student, values in DEFAULTS.items())
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags over a resumed run's stored arguments over the defaults. InputError on what does not fit together."""
     parser = OneLineParser("train.py", __doc__)
     add, positive, offline = parser.add_argument, at_least(1), ",".join(OFFLINE)
+    of = {key: "default: " + ", ".join(f"{name} {d[key]}" for name, d in DEFAULTS.items()) for key in DEFAULTS["toy"]}
     add("--teachers", type=name_list, help=f"comma-separated, of {', '.join(TEACHERS)} (default: {offline})")
     add("--student", choices=STUDENTS, help="(default: toy with offline teachers alone, otherwise vit_b)")
-    add("--dims", type=dim_list, help=f"nested dims; the student's width is always one ({by_student('dims')})")
+    add("--dims", type=dim_list, help=f"nested dims; the student's width is always one ({of['dims']})")
     add("--data", type=path, help="a folder tree of tiles (png, jpg, tif, bmp, webp); without it tissue is drawn")
-    add("--steps", type=positive, help=f"optimiser steps; fixes the schedule ({by_student('steps')})")
+    add("--steps", type=positive, help=f"optimiser steps; fixes the schedule ({of['steps']})")
     add("--stop-at", type=positive, help="stop after this step with a checkpoint; the schedule stays that of --steps")
-    add("--batch-size", type=positive, help=f"tiles in a step, over all processes ({by_student('batch_size')})")
+    add("--batch-size", type=positive, help=f"tiles in a step, over all processes ({of['batch_size']})")
     add("--accumulate", type=positive, help="split a step into so many passes when memory is short (default: 1)")
-    add("--lr", type=float, help=f"peak rate; lower it if the loss is not finite ({by_student('lr')})")
+    add("--lr", type=float, help=f"peak rate; lower it if the loss is not finite ({of['lr']})")
     add("--seed", type=at_least(0), help="of student, order of tiles and synthetic tissue (default: 0)")
     add("--out", type=path, help="run folder (default: runs/demo, with published ones runs/TEACHERS-STUDENT)")
     add("--resume", type=path, metavar="DIR", help="go on with this run; its arguments are restored")
@@ -87,7 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="auto (default): bf16 or fp16 on CUDA, else fp32")
     add("--device", help="cuda, mps or cpu (default: the best at hand)")
     add("--compile", action="store_true", default=None, help="torch.compile student and loss; for long GPU runs")
-    add("--save-every", type=positive, help=f"steps between checkpoints ({by_student('save_every')})")
+    add("--save-every", type=positive, help=f"steps between checkpoints ({of['save_every']})")
     add("--log-every", type=positive, help="steps between log lines (default: 50)")
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
 
@@ -100,8 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for key, value in given.items():
             value = sorted({*value, stored["dims"][-1]}) if key == "dims" else value
             if key not in MAY_CHANGE and value != stored[key]:
-                flag = key.replace("_", "-")
-                raise InputError(f"--{flag}: this run has {stored[key]}; leave the flag out, or do not --resume")
+                flag = f"--{key.replace('_', '-')}"
+                raise InputError(f"{flag}: this run has {stored[key]}; leave the flag out, or do not --resume")
         return argparse.Namespace(**{**stored, **given, "dims": stored["dims"], "out": folder, "resume": True})
 
     args = {"teachers": OFFLINE, "accumulate": 1, "seed": 0, "standardize": "phi-s", "precision": "auto"}
@@ -158,8 +155,7 @@ def train(args: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     (device, dtype), out = choose_device(args.device, args.precision), Path(args.out)
     if args.batch_size % (world * args.accumulate):
-        parts = world * args.accumulate
-        raise InputError(f"--batch-size: make {args.batch_size} a multiple of {parts} (processes x --accumulate)")
+        raise InputError(f"--batch-size: make it a multiple of {world * args.accumulate} (processes x --accumulate)")
     checkpoint = read_weights(out / "last.pt") if args.resume else None
     start, stop = checkpoint["step"] if checkpoint else 0, min(args.stop_at or args.steps, args.steps)
     if start >= stop:
@@ -254,8 +250,7 @@ def train(args: argparse.Namespace) -> None:
     ks = range(start * args.batch_size + rank, stop * args.batch_size, world)
     micro_batch = args.batch_size // (world * args.accumulate)
     loader = iter(data.batches(tiles, ks, micro_batch, workers, pin=device.type == "cuda"))
-    logged, logged_at = start, time.monotonic()
-    began = logged_at
+    logged, logged_at = start, (began := time.monotonic())
     for step in range(start, stop):
         lr = learning_rate(step, args.steps, args.lr)
         for group in optimizer.param_groups:
@@ -322,7 +317,6 @@ def finish(out: Path, student: Student, teachers: dict, seed: int) -> None:
     print(f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out} --data labelled/")
     if teachers:
         print("  python train.py --data tiles/ --out runs/tiles             the same teachers on your own tiles")
-        print("  python teachers.py                                         published teachers, to choose from")
 
 
 def main() -> None:

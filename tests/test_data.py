@@ -97,6 +97,19 @@ def test_exif_rotation_is_undone(tmp_path):
     assert np.array_equal(np.array(data.open_tile(tmp_path / "turned.png")), np.array(image.rotate(-90, expand=True)))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_16_bit_grey_is_refused_and_not_clipped_to_white(tmp_path, mode):
+    pixels = (
+        np.random.default_rng(0)
+        .integers(20_000, 60_000, (70, 70))
+        .astype({"I;16": "uint16", "I": "int32", "F": "float32"}[mode])
+    )
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    with Image.open(tmp_path / "x.tif") as image:
+        assert image.mode == mode
+    assert data.open_tile(tmp_path / "x.tif") is None
+
+
 def test_small_tiles_are_enlarged_and_named(tmp_path):
     write_tiles(tmp_path / "large", 3, (70, 70))
     write_tiles(tmp_path / "small", 2, (40, 90))

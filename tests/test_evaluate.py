@@ -115,7 +115,7 @@ def test_what_is_no_run_is_refused(tmp_path, run):
     content = torch.load(run / "student.pt", weights_only=True)
     content["state_dict"]["norm.weight"] = torch.zeros(7)
     torch.save(content, run / "student.pt")
-    with pytest.raises(InputError, match=r"norm.weight is \(7,\), not \(48,\)"):
+    with pytest.raises(InputError, match=r"norm.weight is \(7,\), expected \(48,\)"):
         evaluate.load_student(run)
 
 

@@ -97,7 +97,7 @@ def test_a_teacher_of_ones_own(copy):
     source = (copy / "teachers.py").read_text()
     assert source.count("\nTEACHERS = {\n") == 1
     (copy / "teachers.py").write_text(source.replace("\nTEACHERS = {\n", "\nTEACHERS = {\n" + entry))
-    twin = randomise(timm.create_model("vit_small_patch16_224", init_values=1e-5, num_classes=0))
+    twin = randomise(timm.create_model("vit_small_patch16_224"))
     (copy / "weights").mkdir(exist_ok=True)
     torch.save(twin.state_dict(), copy / "weights" / "mine.pth")
     tile = write_tiles(copy / "own", 2, (224, 224))[0]
@@ -106,9 +106,10 @@ def test_a_teacher_of_ones_own(copy):
     pixels = torch.from_numpy(np.array(Image.open(tile))).permute(2, 0, 1)[None] / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
     with torch.no_grad():
-        norm = twin((pixels - mean) / std).norm().item()
-    printed = float(re.search(r"embedding \(1, 384\), L2 norm ([0-9.]+)", result.stdout)[1])
-    assert printed == pytest.approx(norm, rel=1e-4)
+        cls = twin.forward_features((pixels - mean) / std)[0, 0]
+    norm, *first = re.search(r"embedding \(1, 384\), L2 norm (\S+), in .* begins (\S+) (\S+)", result.stdout).groups()
+    assert float(norm) == pytest.approx(cls.norm().item(), rel=1e-4)
+    assert list(map(float, first)) == pytest.approx(cls[:2].tolist(), abs=1e-3)
     flags = "--student vit_s --data own --steps 1 --batch-size 2 --stats-tiles 2 --device cpu"
     result = run(f"python train.py --teachers mine {flags}", copy)
     assert result.returncode == 0 and "licence MIT; binds students: no" in result.stdout, result.stderr

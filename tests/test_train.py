@@ -321,7 +321,7 @@ def test_init_from_dinov2_equals_the_reference(tmp_path, run, tiles, one_layer, 
     state, forward = cards.reference("dinov2_s", layout, tmp_path, depth=1)
     cards.write(state, tmp_path / "dinov2.pth")
     student = Student("vit_s", {}, [])
-    assert list(load_init(student.backbone, str(tmp_path / "dinov2.pth"))) == [str(tmp_path / "dinov2.pth")]
+    assert list(load_init(student.backbone, str(tmp_path / "dinov2.pth"))) == ["dinov2.pth"]
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         tokens, expected = student.backbone.split(student.backbone(x)), forward(x)
@@ -350,8 +350,11 @@ def test_init_by_name_warm_start_and_inherited_licences(tmp_path, weights_dir, t
         torch.testing.assert_close(second["state_dict"][key], value, atol=1e-6, rtol=0)
     (weights_dir / "dinov2_s.safetensors").unlink()  # a resume reads the checkpoint, not --init
     assert train.parse_args(["--resume", str(tmp_path / "first")]).init == "dinov2_s"
-    with pytest.raises(InputError, match="--init: .*first/student.pt holds another model: .*cls_token is"):
+    with pytest.raises(InputError, match="--init: .*first/student.pt holds another model: .*cls_token is .*, expected"):
         train.train(train.parse_args([*TINY, "--init", f"{tmp_path}/first/student.pt", "--out", f"{tmp_path}/third"]))
+    student = Student("vit_s", {}, [])
+    assert list(load_init(student.backbone, str(tmp_path / "first"))) == ["dinov2_s", "toy_cells"]  # the run's folder
+    assert torch.equal(student.backbone.norm.weight, first["state_dict"]["norm.weight"])
     for init, message in (("none.pt", "none.pt is no file"), ("toy_cells", "toy_cells is no file and no published")):
         with pytest.raises(InputError, match=f"--init: {message}"):
             train.train(train.parse_args([*TINY, "--init", init, "--out", f"{tmp_path}/third"]))
