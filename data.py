@@ -251,9 +251,9 @@ def centre_view(image: Image.Image, size: int) -> Tensor:
 
 
 class FolderTiles(Dataset):
-    """Sample k of a folder -> {"image": uint8 (3, size, size), "skipped": paths joined by NUL, "small": path if enlarged}.
+    """Sample k -> {"image": uint8 (3, size, size), "skipped": unreadable, joined by NUL, "small": path if enlarged}.
 
-    An unreadable tile is skipped for the next of the same epoch's order, so the choice depends on k alone.
+    An unreadable tile is replaced by the next of the same epoch's order, so the choice depends on k alone.
     """
 
     def __init__(self, root: str | Path, size: int, seed: int):

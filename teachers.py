@@ -8,9 +8,9 @@ Place in the data flow:  data.py -> student.py and [ teachers.py ] -> losses.py 
     teacher(images in [0, 1]) -> {"summary": CLS (B, D_t), "patches": (B, N, D_t)}, resampled to the student's grid
     teacher.embed(images)     -> the embedding that the model's card recommends, for evaluating the teacher itself
 
-`TEACHERS` has one entry a teacher. Every one is the ViT of student.py, whose `load_published` takes each published layout,
-strictly. Facts are from the model cards; loading is checked against timm and transformers on random
-weights in the published layouts. Offline teachers are trained on first use with one of the labels of synthetic tissue.
+`TEACHERS` has one entry a teacher. Every one is the ViT of student.py, whose `load_published` takes each published
+layout, strictly. Facts are from the model cards; loading is checked against timm and transformers on random weights in
+the published layouts. Offline teachers are trained on first use with one of the labels of synthetic tissue.
 """
 
 import math

@@ -3,7 +3,7 @@
     python tests/bench_teachers.py                       # UNI, Virchow2, H-optimus-1 on the device at hand
     python tests/bench_teachers.py uni --pairs 5 --out /tmp/weights
 
-Loading is measured in a process of its own. Speed is the ratio of interleaved pairs in one process, on the same weights:
+Loading is measured in a process of its own; speed as the ratio of interleaved pairs in one process, the same weights:
 ours with normalisation and the split into tokens, timm's forward_features with normalisation. Needs timm, and disk for
 the files (UNI 1.2 GB, Virchow2 2.5 GB, H-optimus-1 4.5 GB), which are removed afterwards.
 """

@@ -1,4 +1,4 @@
-"""Teachers: every published layout into the one ViT, the card's embedding, weight files that are wrong, offline teachers."""
+"""Teachers: every published layout into the one ViT, the card's embedding, wrong weight files, offline teachers."""
 
 import dataclasses
 import pickle
@@ -526,7 +526,7 @@ def test_trying_a_teacher_on_a_tile(tmp_path, monkeypatch, capsys):
         (["lunit_s16", tile], "weights/lunit_s16.bin is refused"),
         (
             ["uni", tile],
-            "weights/uni.bin, which should be pytorch_model.bin of MahmoodLab/UNI, holds another model: 342 tensors differ, first cls",
+            "uni.bin, which should be pytorch_model.bin of MahmoodLab/UNI, holds another model: 342 tensors differ",
         ),
         (["hibou_b", tile], "no weights for hibou_b: put model.safetensors of histai/hibou-b"),
         (["kaiko_s16", tile, "--device", "tpu"], "--device: tpu"),

@@ -317,7 +317,7 @@ def one_layer(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["hf-518", "timm", "dinov2"])
 def test_init_from_dinov2_equals_the_reference(tmp_path, run, tiles, one_layer, capsys, layout):
-    """37 x 37 position embeddings, resampled to 16 x 16; before any training the student gives the reference's tokens."""
+    """37 x 37 position embeddings, resampled to 16 x 16: before any training the tokens are the reference's."""
     state, forward = cards.reference("dinov2_s", layout, tmp_path, depth=1)
     cards.write(state, tmp_path / "dinov2.pth")
     student = Student("vit_s", {}, [])
