@@ -21,7 +21,7 @@ from torchvision import transforms
 import evaluate
 import teachers
 from data import InputError
-from student import VisionTransformer, load_published, read_weights, timm_state
+from student import VisionTransformer, fit_positions, load_published, read_weights, timm_state
 from teachers import OFFLINE, TEACHERS, Teacher, find_weights, load_teacher
 
 PUBLISHED = [name for name in TEACHERS if name not in OFFLINE]
@@ -157,6 +157,27 @@ def test_published_weights_give_the_references_tokens(shallow, tmp_path, name, l
     assert difference(name, teacher, forward) <= 1e-5
 
 
+def test_positions_of_virchow2s_kind_are_resampled_behind_their_five_prefix_rows():
+    timm = oracle("timm")
+    with torch.device("meta"):
+        vit = VisionTransformer(**TEACHERS["virchow2"].arch | {"depth": 1})
+    cls_token, pos_embed = torch.randn(1, 1, 1280), torch.randn(1, 5 + 37 * 37, 1280)
+    same_cls, resampled = fit_positions(cls_token, pos_embed, vit, antialias=True)
+    expected = timm.layers.resample_abs_pos_embed(pos_embed, [16, 16], num_prefix_tokens=5)
+    assert torch.equal(same_cls, cls_token) and resampled.shape == (1, 261, 1280)
+    torch.testing.assert_close(resampled, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_loaded_no_longer_depends_on_the_file(shallow, tmp_path):
+    published_file("kaiko_s16", tmp_path)
+    teacher = load_teacher("kaiko_s16", tmp_path)
+    path = tmp_path / "kaiko_s16.bin"
+    size = path.stat().st_size
+    with open(path, "r+b") as file:  # in place, so that mapped memory would show it
+        file.write(b"\0" * size)
+    assert all(p.abs().sum() > 0 for p in teacher.parameters())
+
+
 # ---- negative controls: each trap makes the comparison above fail -------------------------------------------------
 
 
@@ -245,8 +266,8 @@ def test_embed_is_the_cards_embedding_of_the_cards_view(shallow, tmp_path, monke
         return token[None, :, None].expand(len(x), -1, teacher.dim)
 
     monkeypatch.setattr(teacher.vit, "forward", tokens)
-    smooth = torch.rand(3, 12, 10, generator=torch.Generator().manual_seed(0))
-    pixels = (F.interpolate(smooth[None], (330, 280), mode="bicubic")[0].clamp(0, 1) * 255).round().byte()
+    sharp = torch.rand(3, 60, 50, generator=torch.Generator().manual_seed(0))  # bilinear and bicubic must differ on it
+    pixels = (F.interpolate(sharp[None], (330, 280), mode="bicubic")[0].clamp(0, 1) * 255).round().byte()
     images = pixels[None] if kind == "uint8" else pixels[None] / 255
     embedding = teacher.embed(images)
     size, mode = CARD_RESIZE.get(name, (224, "bicubic"))
