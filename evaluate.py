@@ -193,11 +193,10 @@ def report(models: Models, runs: list[Path], data: str | None, seed: int) -> lis
         file = (run if run.is_dir() else run.parent) / "results.json"
         try:
             results = json.loads(file.read_text()) if file.exists() else {}
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps({**results, data or "synthetic tissue": result}, indent=1))
-            os.replace(temporary, file)
         except (OSError, ValueError) as error:
-            raise InputError(f"{file} cannot be read or written: {error}; move it, or free the folder") from None
+            raise InputError(f"{file} cannot be read: {error}; move it") from None
+        results |= {data or "synthetic tissue": result}
+        save_atomically(results, file, lambda content, out: out.write(json.dumps(content, indent=1).encode()))
     return rows
 
 
@@ -216,7 +215,8 @@ def export(student: Student, config: dict, folder: str, dim: int, half: bool, ou
         features = truncate({"summary": embed(student, batch["image"][readable])}, dim)["summary"]
         embeddings[len(paths) : len(paths) + len(features)] = features
         paths += [tiles.files[i] for i in batch["index"][readable]]
-    licences = [f"{name}: {text}" for name, text in config["licences"].items()]
+    held = config.get("licences") or config["teachers"]  # a student.pt of before --init had both in one
+    licences = [f"{name}: {text}" for name, text in held.items()]
     content = {"embeddings": embeddings[: len(paths)], "paths": paths, "dim": dim, "licences": licences}
     content |= {"model": config["student"], "step": config["step"]}
     save_atomically(content, out, lambda content, file: np.savez(file, **content))

@@ -170,7 +170,7 @@ def load_init(vit: VisionTransformer, init: str, weights_dir: str | Path = "weig
         raise InputError(f"--init: {init} is no file and no published teacher; give dinov2_b, dinov2_s or runs/NAME")
     load_published(vit, path, f"--init: {path}")
     config = {"licences": {init: TEACHERS[init].licence}} if published else read_weights(path).get("config", {})
-    return config.get("licences", {path.name: "unknown; ask where the file comes from"})
+    return config.get("licences") or config.get("teachers") or {path.name: "unknown; ask where the file comes from"}
 
 
 def find_weights(names: Iterable[str], weights_dir: str | Path = "weights", fetch: bool = True) -> dict[str, Path]:
@@ -259,12 +259,12 @@ def train_offline_teacher(name: str, steps: int, seed: int, device: str | torch.
 # ---- the command line ---------------------------------------------------------------------------------------------
 def list_teachers(weights_dir: str) -> None:
     print("tile: pixels at microns per pixel; access: to the repo on Hugging Face; to try one: NAME TILE\n")
+    found = find_weights(TEACHERS, weights_dir, fetch=False)
     for name, spec in TEACHERS.items():
         with torch.device("meta"):
             vit = VisionTransformer(**spec.arch)
         millions = sum(p.numel() for p in vit.parameters()) / 1e6
         mean, std = (" ".join(f"{value:.3f}" for value in values) for values in spec.norm)
-        found = find_weights([name], weights_dir, fetch=False)
         where = "made on first use" if spec.task else found.get(name, f"not found: {spec.file} of {spec.repo}")
         print(f"{name:12}{millions:9.3f} M  width {vit.width:4}  grid {vit.grid:2}  tile {spec.tile:14}", end="")
         print(f"  mean {mean}  std {std}  access {spec.gate}\n{'':14}{where}; licence {spec.licence}")

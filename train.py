@@ -96,9 +96,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise InputError(f"--resume: {folder}/last.pt is no checkpoint of train.py; give the folder of a run")
         for key, value in given.items():
             value = sorted({*value, stored["dims"][-1]}) if key == "dims" else value
-            if key not in MAY_CHANGE and value != stored[key]:
+            if key not in MAY_CHANGE and value != stored.get(key):
                 flag = f"--{key.replace('_', '-')}"
-                raise InputError(f"{flag}: this run has {stored[key]}; leave the flag out, or do not --resume")
+                raise InputError(f"{flag}: this run has {stored.get(key)}; leave the flag out, or do not --resume")
         return argparse.Namespace(**{**stored, **given, "dims": stored["dims"], "out": folder, "resume": True})
 
     args = {"teachers": OFFLINE, "accumulate": 1, "seed": 0, "standardize": "phi-s", "precision": "auto"}
@@ -171,8 +171,8 @@ def train(args: argparse.Namespace) -> None:
     student = Student(args.student, teacher_dims, args.dims).to(device)
     size, grid = student.backbone.img_size, student.backbone.grid
     say(f"student {args.student}: {count(student.backbone)}, nested dims {args.dims}, on {device} in {dtype}")
-    licences = checkpoint["licences"] if checkpoint else {}  # of all that binds the student: init and teachers
-    if args.init and not checkpoint:
+    licences = checkpoint.get("licences", {}) if checkpoint else {}  # of all that binds the student: init and teachers
+    if not checkpoint and args.init and not rank:  # DDP gives it to the others
         licences = load_init(student.backbone, args.init, args.weights_dir)
         say(f"begun from {args.init}; licence " + "; ".join(f"{name}: {text}" for name, text in licences.items()))
     standardizers = Standardizers(teacher_dims, args.standardize).to(device)

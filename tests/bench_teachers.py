@@ -1,7 +1,7 @@
 """Teachers at full size, random weights in the published file form: seconds and memory to load, tiles/s beside timm's.
 
     python tests/bench_teachers.py                       # UNI, Virchow2, H-optimus-1 on the device at hand
-    python tests/bench_teachers.py uni --pairs 5 --out /tmp/weights
+    python tests/bench_teachers.py uni --pairs 5
 
 Loading is measured in a process of its own; speed as the ratio of interleaved pairs in one process, the same weights:
 ours with normalisation and the split into tokens, timm's forward_features with normalisation. Needs timm, and disk for

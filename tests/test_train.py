@@ -106,7 +106,10 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, run, weights_dir):
 @pytest.mark.parametrize("source", ["demo", "folder"])
 def test_two_processes_with_accumulation_equal_one(tmp_path, weights_dir, tiles, source):
     flags = [*TINY, "--steps", 6, "--stop-at", 5, "--lr", 1e-3, "--weights-dir", weights_dir]
-    flags += ["--data", tiles] if source == "folder" else []
+    if source == "folder":  # with weights that process 0 alone reads
+        torch.manual_seed(7)
+        torch.save({"state_dict": Student("toy", {}, []).backbone.state_dict()}, tmp_path / "init.pt")
+        flags += ["--data", tiles, "--init", tmp_path / "init.pt"]
     for name, processes, accumulate in (("one", 1, 1), ("two", 2, 2)):
         result = script("train.py", *flags, "--out", tmp_path / name, "--accumulate", accumulate, processes=processes)
         assert result.returncode == 0, result.stderr
@@ -376,6 +379,21 @@ def test_licences_and_init_survive_a_resume(tmp_path, run):
     for name in ("whole", "parts"):
         config = torch.load(tmp_path / name / "student.pt", weights_only=True)["config"]
         assert list(config["licences"]) == ["uni", "toy_cells", "toy_tissue"] and config["licences"]["uni"] == "binds"
+
+
+def test_runs_of_before_init_and_licences_go_on(tmp_path, run, weights_dir):
+    run(*TINY, "--steps", 3, "--stop-at", 1, "--out", tmp_path / "run")
+    content = checkpoint(tmp_path / "run")
+    del content["licences"], content["args"]["init"]
+    torch.save(content, tmp_path / "run" / "last.pt")
+    with pytest.raises(InputError, match="--init: this run has None"):
+        train.parse_args(["--resume", str(tmp_path / "run"), "--init", "dinov2_s"])
+    run("--resume", tmp_path / "run")
+    config = torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]
+    assert config["step"] == 3 and list(config["licences"]) == ["toy_cells", "toy_tissue"]
+    old = {"state_dict": Student("toy", {}, []).backbone.state_dict(), "config": {"teachers": {"uni": "binds"}}}
+    torch.save(old, tmp_path / "old.pt")
+    assert load_init(Student("toy", {}, []).backbone, str(tmp_path / "old.pt")) == {"uni": "binds"}
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
