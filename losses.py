@@ -26,25 +26,20 @@ Tokens = dict[str, Tensor]  # {"summary": (B, D), "patches": (B, N, D)}
 
 # ---- standardising a teacher's tokens -----------------------------------------------------------------------------
 def hadamard(n: int) -> Tensor:
-    """A Hadamard matrix (n, n) of entries +-1, H H^T = n I, in float64. InputError where n has no construction here.
-
-    Sylvester's doubling, begun with 1 or with Paley's matrix of size 12 or 20 (q = 11, 19).
-    """
+    """A Hadamard matrix (n, n) of entries +-1, H H^T = n I, in float64. InputError where n has no construction here."""
     if n == 1:
         return torch.ones(1, 1, dtype=torch.float64)
-    if n in (12, 20):  # Paley: H = I + S, S skew-symmetric, built on the quadratic residues modulo q
+    if n in (12, 20):  # Paley: H = I + S, S skew-symmetric, built on the quadratic residues modulo q = 11 or 19
         q = n - 1
         residues = {i * i % q for i in range(1, q)}
         chi = torch.tensor([0] + [1 if i in residues else -1 for i in range(1, q)], dtype=torch.float64)
-        i = torch.arange(q)
         S = torch.zeros(n, n, dtype=torch.float64)
         S[0, 1:], S[1:, 0] = 1, -1
-        S[1:, 1:] = chi[(i[None] - i[:, None]) % q]
+        S[1:, 1:] = torch.stack([chi.roll(i) for i in range(q)])  # row i, column j: chi[j - i]
         return torch.eye(n, dtype=torch.float64) + S
     if n % 2:
         raise InputError("no Hadamard matrix of this width (only 2^k, 12 * 2^k, 20 * 2^k); use --standardize channel")
-    H = hadamard(n // 2)
-    return torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return torch.kron(torch.tensor([[1, 1], [1, -1]]), hadamard(n // 2))  # Sylvester's doubling
 
 
 class Standardizer(nn.Module):
@@ -104,14 +99,12 @@ class Standardizers(nn.ModuleDict):
     @torch.no_grad()
     def measure(self, batches: Iterable[dict[str, Tokens]]) -> None:
         """Set every standardiser from batches of raw outputs {teacher: tokens}; moments are summed in float64."""
-        moments = {(t, kind): [0, 0.0, 0.0] for t in self for kind in self[t]}
+        moments = {(t, kind): (0, 0.0, 0.0) for t in self for kind in self[t]}
         for outputs in batches:
-            for (t, kind), total in moments.items():
+            for (t, kind), (count, first, second) in moments.items():
                 y = outputs[t][kind].flatten(0, -2)  # (B, D) or (B * N, D)
                 y = (y.cpu() if y.device.type == "mps" else y).double()  # MPS has no float64
-                total[0] += len(y)
-                total[1] = total[1] + y.sum(0)
-                total[2] = total[2] + y.T @ y
+                moments[t, kind] = (count + len(y), first + y.sum(0), second + y.T @ y)
         for (t, kind), (count, first, second) in moments.items():
             mean = first / count
             try:
@@ -131,14 +124,13 @@ def distillation_loss(adapted: dict[str, Tokens], targets: dict[str, Tokens]) ->
     -> (loss, parts): parts[teacher] holds the mean cosine similarities and the smooth-L1 term, detached, for the log.
     """
     loss, parts = 0.0, {}
-    for teacher, y in targets.items():
-        h = adapted[teacher]
+    for t, y in targets.items():
+        h = adapted[t]
         summary_cos = F.cosine_similarity(h["summary"].float(), y["summary"].float(), dim=-1).mean()
         patch_cos = F.cosine_similarity(h["patches"].float(), y["patches"].float(), dim=-1).mean()
         patch_l1 = F.smooth_l1_loss(h["patches"].float(), y["patches"].float())
         loss = loss + (1 - summary_cos) + 0.9 * (1 - patch_cos) + 0.1 * patch_l1
-        terms = {"summary_cos": summary_cos, "patch_cos": patch_cos, "patch_l1": patch_l1}
-        parts[teacher] = {name: term.detach() for name, term in terms.items()}
+        parts[t] = {"summary_cos": summary_cos.detach(), "patch_cos": patch_cos.detach(), "patch_l1": patch_l1.detach()}
     return loss, parts
 
 

@@ -28,13 +28,11 @@ from data import InputError
 
 warnings.filterwarnings("ignore", "Detected pickle protocol")  # such a file loads, or is refused in one line
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of the students' input, as of timm's DINOv2 ViTs
-SHARED = {"img_size": 224, "patch_size": 14, "depth": 12, "registers": 4, "pos_on_prefix": False}
-TOY = {"img_size": 64, "patch_size": 8, "depth": 5, "registers": 1, "pos_on_prefix": False}
-STUDENTS = {
-    "vit_b": {**SHARED, "width": 768, "heads": 12, "mlp_width": 3072},  # 85.7 M parameters
-    "vit_s": {**SHARED, "width": 384, "heads": 6, "mlp_width": 1536},  # 21.6 M
-    "toy": {**TOY, "width": 48, "heads": 3, "mlp_width": 192},  # 0.154 M, for a CPU
-}
+P14, REG4 = {"img_size": 224, "patch_size": 14}, {"registers": 4, "pos_on_prefix": False}
+VIT_S = {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536}
+VIT_B = {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072}
+TOY = {"img_size": 64, "patch_size": 8, "width": 48, "depth": 5, "heads": 3, "mlp_width": 192, **REG4, "registers": 1}
+STUDENTS = {"vit_b": P14 | VIT_B | REG4, "vit_s": P14 | VIT_S | REG4, "toy": TOY}  # 85.7 M, 21.6 M, 0.154 M parameters
 
 
 class Attention(nn.Module):
@@ -63,11 +61,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(mlp_width // 2 if swiglu else mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
         if self.swiglu:
-            gate, x = x.chunk(2, dim=-1)
+            gate, x = self.fc1(x).chunk(2, dim=-1)
             return self.fc2(F.silu(gate) * x)
-        return self.fc2(F.gelu(x))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -98,36 +95,25 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A plain ViT without a classification head.
+    """A plain ViT without a classification head. Raises ValueError on images of another size than S = img_size.
 
     img_size, patch_size: pixels; width: D; mlp_width: rows of fc1; registers: extra tokens after CLS.
     pos_on_prefix: pos_embed has rows for CLS and registers too (UNI, Virchow2), or for the patches alone (DINOv2 reg4).
-    forward: normalised images (B, 3, img_size, img_size) -> tokens after the final norm (B, 1 + registers + N, D), in
-    the order CLS, registers, patches (row by row). Raises ValueError on images of another size.
+    forward: normalised images (B, 3, S, S) -> CLS, registers, patches row by row, normed, (B, 1 + registers + N, D).
     """
 
     def __init__(
-        self,
-        img_size: int,
-        patch_size: int,
-        width: int,
-        depth: int,
-        heads: int,
-        mlp_width: int,
-        swiglu: bool = False,
-        layer_scale: bool = True,
-        registers: int = 0,
-        pos_on_prefix: bool = True,
-    ):
+        self, img_size: int, patch_size: int, width: int, depth: int, heads: int, mlp_width: int,
+        swiglu: bool = False, layer_scale: bool = True, registers: int = 0, pos_on_prefix: bool = True,
+    ):  # fmt: skip
         super().__init__()
         self.img_size, self.width, self.registers, self.pos_on_prefix = img_size, width, registers, pos_on_prefix
         self.grid = img_size // patch_size  # patches a side
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        if registers:
-            self.reg_token = nn.Parameter(torch.zeros(1, registers, width))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + (1 + registers) * pos_on_prefix, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, stride=patch_size)})
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, swiglu, layer_scale) for _ in range(depth))
+        self.blocks = nn.Sequential(*[Block(width, heads, mlp_width, swiglu, layer_scale) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
         for token in [self.cls_token, self.pos_embed] + ([self.reg_token] if registers else []):
@@ -139,14 +125,9 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"images of {H} x {W} px given to a ViT for {self.img_size} x {self.img_size} px")
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B, N, D)
         prefix = torch.cat([self.cls_token, self.reg_token], 1) if self.registers else self.cls_token
-        prefix = prefix.expand(B, -1, -1)  # (B, 1 + registers, D)
-        if self.pos_on_prefix:
-            x = torch.cat([prefix, x], 1) + self.pos_embed
-        else:
-            x = torch.cat([prefix, x + self.pos_embed], 1)  # (B, 1 + registers + N, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        positions = self.pos_embed if self.pos_on_prefix else F.pad(self.pos_embed, (0, 0, 1 + self.registers, 0))
+        x = torch.cat([prefix.expand(B, -1, -1), x], 1) + positions  # (B, 1 + registers + N, D); padded with zeros
+        return self.norm(self.blocks(x))
 
     def split(self, tokens: Tensor) -> dict[str, Tensor]:
         """Tokens (B, 1 + registers + N, D) -> {"summary": CLS (B, D), "patches": (B, N, D)}; registers are left out."""
@@ -192,15 +173,12 @@ class Student(nn.Module):
         self.nested_dims = sorted({*nested_dims, D})
         if self.nested_dims[0] < 1 or self.nested_dims[-1] > D:
             raise ValueError(f"nested dims {self.nested_dims} do not fit a student of width {D}: give 1 to {D}")
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
-        self.register_buffer("mean", mean, persistent=False)  # not in the state dict: timm keeps them in its config too
-        self.register_buffer("std", std, persistent=False)
+        for name, values in zip(("mean", "std"), IMAGENET):  # not in the state dict: timm keeps them in its config too
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.adaptors = nn.ModuleDict()
-        for teacher, teacher_dim in teacher_dims.items():
-            self.adaptors[teacher] = nn.ModuleDict()
-            for m in self.nested_dims:
-                heads = {kind: adaptor_head(m, D, teacher_dim) for kind in ("summary", "patches")}
-                self.adaptors[teacher][str(m)] = nn.ModuleDict(heads)
+        for t, D_t in teacher_dims.items():
+            heads = {m: {kind: adaptor_head(m, D, D_t) for kind in ("summary", "patches")} for m in self.nested_dims}
+            self.adaptors[t] = nn.ModuleDict({str(m): nn.ModuleDict(pair) for m, pair in heads.items()})
         self.adaptors.apply(init_weights)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -208,15 +186,9 @@ class Student(nn.Module):
         return self.backbone.split(self.backbone(normalise(images, self.mean, self.std)))
 
     def adapt(self, tokens: dict[str, Tensor], dim: int) -> dict[str, dict[str, Tensor]]:
-        """What each teacher is predicted to say, from the first `dim` channels alone; dim must be one of nested_dims.
-
-        -> {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}
-        """
+        """The heads on z[:dim], dim of nested_dims -> {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}."""
         z = truncate(tokens, dim)
-        return {
-            teacher: {kind: head(z[kind]) for kind, head in heads[str(dim)].items()}
-            for teacher, heads in self.adaptors.items()
-        }
+        return {t: {kind: h(z[kind]) for kind, h in heads[str(dim)].items()} for t, heads in self.adaptors.items()}
 
 
 # ---- weights: any published layout, strictly, into the ViT ---------------------------------------------------------
@@ -243,8 +215,7 @@ def load_strictly(model: nn.Module, state: dict, source: str) -> None:
     """Give a model (possibly on the meta device) exactly the tensors of `state`; InputError names three differences."""
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(getattr(value, "shape", "?")) for key, value in state.items()}
-    wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
-    if wrong:
+    if wrong := [key for key in expected | found if expected.get(key) != found.get(key)]:
         three = [f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'none')}" for key in wrong[:3]]
         raise InputError(f"{source} holds another model: {len(wrong)} tensors differ, first {'; '.join(three)}")
     model.load_state_dict(state, assign=any(value.is_meta for value in model.state_dict().values()))
@@ -270,10 +241,7 @@ UNUSED = r"mask_token$|(pooler|classifier|head|dino_head|ibot_head)\."  # any ot
 
 
 def timm_state(state: dict, vit: VisionTransformer, dtype: torch.dtype, antialias: bool = True) -> dict[str, Tensor]:
-    """Weights in any published layout -> timm's names, as copies in `dtype`, positions on the grid of `vit`.
-
-    `state` may be memory-mapped: it is read tensor by tensor, so that only what is returned takes memory.
-    """
+    """Weights in any published layout -> timm's names, as copies in `dtype`, positions on the grid of `vit`."""
     for wrapper in ("teacher", "state_dict", "model"):  # of a training checkpoint, or of a student.pt
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     parts: dict[str, list[Tensor]] = {}
@@ -288,10 +256,9 @@ def timm_state(state: dict, vit: VisionTransformer, dtype: torch.dtype, antialia
         parts.setdefault(name, []).append(state[key])  # two of one name get a shape that strict loading refuses
     if {"cls_token", "pos_embed"} <= parts.keys():
         both = (torch.cat(parts[name]).float() for name in ("cls_token", "pos_embed"))
-        cls_token, pos_embed = fit_positions(*both, vit, antialias)
-        parts |= {"cls_token": [cls_token], "pos_embed": [pos_embed]}
-    copies = ((name, [x.to(dtype, copy=True) for x in xs]) for name, xs in parts.items())  # one at a time
-    return {name: torch.cat(xs) if len(xs) > 1 else xs[0] for name, xs in copies}
+        parts["cls_token"], parts["pos_embed"] = ([x] for x in fit_positions(*both, vit, antialias))
+    # tensor by tensor, as copies: `state` may be memory-mapped, and only what is returned shall take memory
+    return {name: (torch.cat(xs) if len(xs) > 1 else xs[0]).to(dtype, copy=True) for name, xs in parts.items()}
 
 
 def fit_positions(cls_token: Tensor, pos_embed: Tensor, vit: VisionTransformer, antialias: bool) -> list[Tensor]:
@@ -299,8 +266,7 @@ def fit_positions(cls_token: Tensor, pos_embed: Tensor, vit: VisionTransformer, 
     if not vit.pos_on_prefix and math.isqrt(pos_embed.shape[1] - 1) ** 2 == pos_embed.shape[1] - 1:
         # the DINOv2 repo and Hugging Face keep a row for CLS even where registers have none; timm adds it to CLS
         cls_token, pos_embed = cls_token + pos_embed[:, :1], pos_embed[:, 1:]
-    n_prefix = (1 + vit.registers) * vit.pos_on_prefix
-    prefix, patches = pos_embed[:, :n_prefix], pos_embed[:, n_prefix:]
+    prefix, patches = pos_embed.tensor_split([(1 + vit.registers) * vit.pos_on_prefix], 1)
     side = math.isqrt(patches.shape[1])
     if side != vit.grid and side**2 == patches.shape[1]:
         print(f"position embedding resampled from {side} x {side} to {vit.grid} x {vit.grid}")
@@ -310,12 +276,13 @@ def fit_positions(cls_token: Tensor, pos_embed: Tensor, vit: VisionTransformer, 
     return [cls_token, pos_embed]
 
 
-def load_published(vit: VisionTransformer, path: Path, source: str, dtype=torch.float32, antialias=True) -> None:
-    """Strictly load a file of any published layout. InputError: the file's name, and three differences with shapes."""
-    state = read_weights(path)
+def load_published(vit: VisionTransformer, path: Path, source: str, dtype=torch.float32, antialias=True) -> dict:
+    """Strictly load a file of any layout -> all that it holds. InputError: its name, three differences with shapes."""
+    content = read_weights(path)
     try:
-        state = timm_state(state, vit, dtype, antialias)
+        state = timm_state(content, vit, dtype, antialias)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"{source} holds another model: {reason}; put the right file there") from None
     load_strictly(vit, state, source)
+    return content

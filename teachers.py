@@ -26,7 +26,7 @@ from torchvision.transforms import functional as TF
 
 import data
 from data import CELLS, TASKS, TISSUES, InputError, progress
-from student import IMAGENET, VisionTransformer, load_published, normalise, read_weights, to_float
+from student import IMAGENET, P14, REG4, VIT_B, VIT_S, VisionTransformer, load_published, normalise, to_float
 
 
 @dataclass(frozen=True)
@@ -45,52 +45,44 @@ class TeacherSpec:
     task: str = ""  # offline teachers: the label of synthetic tissue that it knows, of data.TASKS
 
 
-P16, P14 = {"img_size": 224, "patch_size": 16}, {"img_size": 224, "patch_size": 14}
-VIT_S = {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536}
-VIT_B = {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072}
+P16, NO_SCALE = {"img_size": 224, "patch_size": 16}, {"layer_scale": False}
 VIT_L = {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
 VIT_H = {"width": 1280, "depth": 32, "heads": 16, "mlp_width": 6832, "swiglu": True}
 VIT_G = {"width": 1536, "depth": 40, "heads": 24, "mlp_width": 8192, "swiglu": True}
 VIT_TOY = {"img_size": 64, "patch_size": 8, "width": 128, "depth": 6, "heads": 4, "mlp_width": 512}
-REG4, NO_SCALE = {"registers": 4, "pos_on_prefix": False}, {"layer_scale": False}
 SWIGLU_B, SWIGLU_L = {"mlp_width": 4096, "swiglu": True}, {"mlp_width": 5472, "swiglu": True}
-UNI2 = {"depth": 24, "registers": 8, "pos_on_prefix": False}
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 HIBOU = ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816))
 LUNIT = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
-APACHE = "Apache-2.0; binds students: no"
+APACHE, MIT = (f"{licence}; binds students: no" for licence in ("Apache-2.0", "MIT"))
 BINDS = "CC-BY-NC-ND-4.0; binds students: yes, its access terms count them as derivatives, non-commercial"
 NC_ND = "CC-BY-NC-ND-4.0; binds students: presume so, non-commercial and no derivatives"
 RESEARCH = "Apache-2.0; binds students: no, but its access terms say research only"
 OWKIN, KAIKO, LUNIT_NC = (f"{who} non-commercial; binds students: presume so" for who in ("Owkin", "Kaiko", "Lunit"))
 UNI_CARD = {"file": "pytorch_model.bin", "gate": "gated", "tile": "256 at 0.5", "interpolation": "bilinear"}
-KAIKO_CARD = {"norm": HALF, "tile": "256 at 0.5", "interpolation": "bilinear"}
+HALF = {"norm": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), "interpolation": "bilinear"}  # Kaiko's cards and Midnight's
 KAIKO_REPO = "1aurent/vit_%s_224.kaiko_ai_towards_large_pathology_fms"
-VIRCHOW = {"gate": "gated", "patch_mean": True}
 GIGAPATH = {"file": "pytorch_model.bin", "gate": "gated", "tile": "256 at 0.5", "resize": 256}
-GPFM = {"file": "GPFM.pth", "tile": "512 at 0.25"}
 DRAWN = {"licence": "Apache-2.0, drawn and trained here; binds students: no", "tile": "64, drawn"}
-MIDNIGHT = {"norm": HALF, "interpolation": "bilinear", "patch_mean": True, "antialias": False}
 
 TEACHERS = {
     "uni": TeacherSpec(P16 | VIT_L, BINDS, "MahmoodLab/UNI", **UNI_CARD),
-    "uni2_h": TeacherSpec(P14 | VIT_G | UNI2, BINDS, "MahmoodLab/UNI2-h", **UNI_CARD),
-    "virchow": TeacherSpec(P14 | VIT_H, APACHE, "paige-ai/Virchow", **VIRCHOW),
-    "virchow2": TeacherSpec(P14 | VIT_H | {"registers": 4}, NC_ND, "paige-ai/Virchow2", **VIRCHOW),
+    "uni2_h": TeacherSpec(P14 | VIT_G | REG4 | {"depth": 24, "registers": 8}, BINDS, "MahmoodLab/UNI2-h", **UNI_CARD),
+    "virchow": TeacherSpec(P14 | VIT_H, APACHE, "paige-ai/Virchow", gate="gated", patch_mean=True),
+    "virchow2": TeacherSpec(P14 | VIT_H | {"registers": 4}, NC_ND, "paige-ai/Virchow2", gate="gated", patch_mean=True),
     "h_optimus_0": TeacherSpec(P14 | VIT_G | REG4, APACHE, "bioptimus/H-optimus-0", gate="gated?", norm=OPTIMUS),
     "h_optimus_1": TeacherSpec(P14 | VIT_G | REG4, BINDS, "bioptimus/H-optimus-1", gate="gated", norm=OPTIMUS),
     "h0_mini": TeacherSpec(P14 | VIT_B | SWIGLU_B | REG4, NC_ND, "bioptimus/H0-mini", gate="gated", norm=OPTIMUS),
     "gigapath": TeacherSpec(P16 | VIT_G, RESEARCH, "prov-gigapath/prov-gigapath", **GIGAPATH),
     "phikon": TeacherSpec(P16 | VIT_B | NO_SCALE, OWKIN, "owkin/phikon"),
     "phikon_v2": TeacherSpec(P16 | VIT_L, OWKIN, "owkin/phikon-v2"),
-    "midnight": TeacherSpec(P14 | VIT_G, "MIT; binds students: no", "kaiko-ai/midnight", **MIDNIGHT),
+    "midnight": TeacherSpec(P14 | VIT_G, MIT, "kaiko-ai/midnight", **HALF, patch_mean=True, antialias=False),
     "hibou_b": TeacherSpec(P14 | VIT_B | SWIGLU_B | REG4, APACHE, "histai/hibou-b", gate="gated?", norm=HIBOU),
     "hibou_l": TeacherSpec(P14 | VIT_L | SWIGLU_L | REG4, APACHE, "histai/hibou-L", gate="gated?", norm=HIBOU),
-    "gpfm": TeacherSpec(P14 | VIT_L, NC_ND, "majiabo/GPFM", **GPFM),
-    "kaiko_s16": TeacherSpec(P16 | VIT_S | NO_SCALE, KAIKO, KAIKO_REPO % "small_patch16", **KAIKO_CARD),
-    "kaiko_b16": TeacherSpec(P16 | VIT_B | NO_SCALE, KAIKO, KAIKO_REPO % "base_patch16", **KAIKO_CARD),
-    "kaiko_l14": TeacherSpec(P14 | VIT_L | REG4, KAIKO, KAIKO_REPO % "large_patch14_reg4", **KAIKO_CARD),
+    "gpfm": TeacherSpec(P14 | VIT_L, NC_ND, "majiabo/GPFM", file="GPFM.pth", tile="512 at 0.25"),
+    "kaiko_s16": TeacherSpec(P16 | VIT_S | NO_SCALE, KAIKO, KAIKO_REPO % "small_patch16", **HALF, tile="256 at 0.5"),
+    "kaiko_b16": TeacherSpec(P16 | VIT_B | NO_SCALE, KAIKO, KAIKO_REPO % "base_patch16", **HALF, tile="256 at 0.5"),
+    "kaiko_l14": TeacherSpec(P14 | VIT_L | REG4, KAIKO, KAIKO_REPO % "large_patch14_reg4", **HALF, tile="256 at 0.5"),
     "lunit_s16": TeacherSpec(P16 | VIT_S | NO_SCALE, LUNIT_NC, "1aurent/vit_small_patch16_224.lunit_dino", norm=LUNIT),
     "dinov2_s": TeacherSpec(P14 | VIT_S | REG4, APACHE, "facebook/dinov2-with-registers-small", tile="natural images"),
     "dinov2_b": TeacherSpec(P14 | VIT_B | REG4, APACHE, "facebook/dinov2-with-registers-base", tile="natural images"),
@@ -109,9 +101,8 @@ class Teacher(nn.Module):
         self.name, self.vit, self.spec = name, vit.requires_grad_(False), TEACHERS[name]
         self.dim, self.grid, self.licence = vit.width, vit.grid, self.spec.licence
         self.embed_dim = 2 * vit.width if self.spec.patch_mean else vit.width
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.spec.norm)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        for key, values in zip(("mean", "std"), self.spec.norm):
+            self.register_buffer(key, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -121,12 +112,11 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor, grid: int | None = None) -> dict[str, Tensor]:
         """Images (B, 3, S, S), uint8 or in [0, 1] -> {"summary": (B, D_t), "patches": (B, N, D_t)}, N = grid * grid.
 
-        Images of another size are resized to the teacher's (bicubic, antialiased). Where `grid` is not the teacher's,
-        its patch map is resampled (bilinear), so that patch i of teacher and student is the same piece of tissue.
-        ValueError: images that are not square, which resizing would distort.
+        Images of another size are resized (bicubic, antialiased); ValueError on those that are not square. For another
+        `grid` patches are resampled (bilinear), so that patch i of teacher and student is the same piece of tissue.
         """
         images, size = to_float(images), self.vit.img_size
-        if images.shape[-2] != images.shape[-1]:
+        if images.shape[-2] != images.shape[-1]:  # resizing would distort them
             raise ValueError(f"images of {tuple(images.shape[-2:])} px are not square; crop them, or use embed")
         if images.shape[-1] != size:
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
@@ -138,7 +128,6 @@ class Teacher(nn.Module):
             tokens["patches"] = patches.flatten(2).transpose(1, 2)  # (B, grid * grid, D_t)
         return tokens
 
-    @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), uint8 or in [0, 1] -> the card's embedding (B, embed_dim), as its authors evaluate it.
 
@@ -156,8 +145,7 @@ class Teacher(nn.Module):
 
 # ---- weight files -------------------------------------------------------------------------------------------------
 def check_names(names: list[str]) -> None:
-    unknown = [name for name in names or [""] if name not in TEACHERS]
-    if unknown:
+    if unknown := [name for name in names or [""] if name not in TEACHERS]:
         raise InputError(f"--teachers: no teacher is called '{unknown[0]}'; choose from {', '.join(TEACHERS)}")
 
 
@@ -168,8 +156,8 @@ def load_init(vit: VisionTransformer, init: str, weights_dir: str | Path = "weig
     path = path / "student.pt" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"--init: {init} is no file and no published teacher; give dinov2_b, dinov2_s or runs/NAME")
-    load_published(vit, path, f"--init: {path}")
-    config = {"licences": {init: TEACHERS[init].licence}} if published else read_weights(path).get("config", {})
+    content = load_published(vit, path, f"--init: {path}")
+    config = {"licences": {init: TEACHERS[init].licence}} if published else content.get("config", {})
     return config.get("licences") or config.get("teachers") or {path.name: "unknown; ask where the file comes from"}
 
 
@@ -232,20 +220,18 @@ def load_teacher(name: str, weights_dir="weights", device="cpu", dtype=torch.flo
 # ---- offline teachers ---------------------------------------------------------------------------------------------
 def train_offline_teacher(name: str, steps: int, seed: int, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Supervised training on one label of synthetic tissue -> the ViT's state dict, on the CPU."""
-    batch_size, lr = 32, 1e-3
-    task = TEACHERS[name].task
+    spec, batch_size, lr = TEACHERS[name], 32, 1e-3
     tiles = data.TissueTiles("teacher", seed).draw(min(6144, steps * batch_size))
-    images, labels = tiles["image"].to(device), tiles[task].to(device)
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in TEACHERS[name].norm)
+    images, labels = tiles["image"].to(device), tiles[spec.task].to(device)
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in spec.norm)
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
-        torch.manual_seed(1000 * seed + TASKS.index(task))
-        vit = VisionTransformer(**TEACHERS[name].arch).to(device).train()
-        head = nn.Linear(vit.width, len({"cells": CELLS, "tissue": TISSUES}[task])).to(device)
+        torch.manual_seed(1000 * seed + TASKS.index(spec.task))
+        vit = VisionTransformer(**spec.arch).to(device).train()
+        head = nn.Linear(vit.width, len({"cells": CELLS, "tissue": TISSUES}[spec.task])).to(device)
         parameters = [*vit.parameters(), *head.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.05)
         for step in progress(range(steps), f"training offline teacher {name}", steps):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (1 + math.cos(math.pi * step / steps)) / 2
             chosen = torch.randint(len(images), (batch_size,)).to(device)
             batch = torch.rot90(images[chosen], int(torch.randint(4, ())), (2, 3))
             summary = vit(normalise(batch.flip(3) if torch.rand(()) < 0.5 else batch, mean, std))[:, 0]  # (B, D_t)
@@ -287,8 +273,7 @@ def main() -> None:
     if args.tile is None:
         raise InputError(f"TILE: give an image to embed: python teachers.py {args.name} tile.png")
     device, dtype = choose_device(args.device, args.precision)
-    image = data.open_tile(args.tile)
-    if image is None:
+    if (image := data.open_tile(args.tile)) is None:
         raise InputError(f"{args.tile} does not exist, or cannot be read; give a png, jpg, tif, bmp or webp of 8 bits")
     began = time.monotonic()
     teacher = load_teacher(args.name, args.weights_dir, device, dtype)
