@@ -1,13 +1,12 @@
 """Tiles: synthetic tissue, folders of images, and the order in which a run sees them.
 
 Place in the data flow:  [ data.py ] -> student.py and teachers.py -> losses.py -> train.py -> evaluate.py
-
     tile k of a run = view(seed, k, source[order(seed, k)])    one crop, flip and turn, shared by student and teachers
 
-The k-th sample is a pure function of (seed, k). So resuming means starting at k, the number of workers changes nothing,
-rank r of W takes k = r, r + W, ..., and no generator state is stored anywhere. Images leave as uint8 (3, H, W).
-"""
+The k-th sample is a pure function of (seed, k): resuming means starting at k, workers change nothing, rank r of W takes
+k = r, r + W, ..., and no generator state is stored. Images leave as uint8 (3, H, W)."""
 
+import csv
 import functools
 import hashlib
 import math
@@ -31,13 +30,13 @@ class InputError(ValueError):
     """Something that the user can put right. The message is one line that names the file or flag and the remedy."""
 
 
-def progress(items: Iterable, label: str, total: int, every: float = 5.0) -> Iterator:
-    """Yield the items; every few seconds print how far it is and how long it will take (process 0 alone)."""
+def progress(items: Iterable, label: str, total: int) -> Iterator:
+    """Yield the items; every five seconds print how far it is and how long it will take (process 0 alone)."""
     start = last = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if (now - last > every or done == total) and os.environ.get("RANK", "0") == "0":
+        if (now - last > 5 or done == total) and os.environ.get("RANK", "0") == "0":
             last, eta = now, (now - start) / done * (total - done)
             print(f"  {label}: {done}/{total}, {now - start:.0f} s, ETA {eta:.0f} s", flush=True)
 
@@ -53,18 +52,11 @@ def save_atomically(content: dict, path: str | Path, write: Callable = torch.sav
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
-        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error}; free some space or choose another folder") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def make_folder(folder: str | Path, flag: str) -> None:
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{flag}: cannot make the folder {folder}: {error.strerror}; choose another") from None
-
-
-# ---- synthetic tissue ---------------------------------------------------------------------------------------------
 # Optical densities of haematoxylin and eosin are drawn, then mixed to RGB by Beer-Lambert. Every tile has two
 # independent labels, the kind of its cells and of its tissue: one for each offline teacher to know, the other to lack.
 
@@ -72,21 +64,14 @@ TISSUE_VERSION = 1  # raise it when a tile changes: the offline teachers are the
 STREAMS = ("teacher", "distil", "bank", "test")  # keyed (stream, seed, k), so that nothing leaks from one into another
 TASKS = ("cells", "tissue")
 CELLS = {  # nuclei: radius (px of a 64 px tile), its spread, elongation, density, pale centre, nucleolus, mean number
-    "lymphocyte": (2.1, 0.08, 1.1, 1.6, 0.0, 0.0, 30),
-    "epithelial": (3.8, 0.10, 1.3, 0.9, 0.0, 0.0, 16),
-    "pleomorphic": (4.2, 0.35, 1.6, 1.5, 0.0, 0.0, 14),
-    "spindle": (2.7, 0.10, 4.0, 1.0, 0.0, 0.0, 16),
-    "vesicular": (4.4, 0.10, 1.2, 1.0, 0.85, 0.0, 14),
-    "nucleolar": (4.4, 0.10, 1.2, 0.5, 0.0, 2.2, 14),
-}
+    "lymphocyte": (2.1, 0.08, 1.1, 1.6, 0.0, 0.0, 30), "epithelial": (3.8, 0.10, 1.3, 0.9, 0.0, 0.0, 16),
+    "pleomorphic": (4.2, 0.35, 1.6, 1.5, 0.0, 0.0, 14), "spindle": (2.7, 0.10, 4.0, 1.0, 0.0, 0.0, 16),
+    "vesicular": (4.4, 0.10, 1.2, 1.0, 0.85, 0.0, 14), "nucleolar": (4.4, 0.10, 1.2, 0.5, 0.0, 2.2, 14),
+}  # fmt: skip
 TISSUES = {  # holes: number, smallest and largest radius
-    "gland": (1, 9.0, 14.0),
-    "sheet": (0, 0, 0),
-    "fibres": (0, 0, 0),
-    "fat": (5, 8.0, 13.0),
-    "cribriform": (9, 3.5, 5.5),
-    "whorl": (0, 0, 0),
-}
+    "gland": (1, 9.0, 14.0), "sheet": (0, 0, 0), "fibres": (0, 0, 0), "fat": (5, 8.0, 13.0),
+    "cribriform": (9, 3.5, 5.5), "whorl": (0, 0, 0),
+}  # fmt: skip
 STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]], np.float32)  # H and E, Ruifrok & Johnston 2001
 
 
@@ -99,8 +84,8 @@ def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     return rows[:, i] * (1 - f) + rows[:, i + 1] * f
 
 
-def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndarray, int, int]:
-    """Tile k of a stream -> RGB uint8 (size, size, 3), index of its cells in CELLS, index of its tissue in TISSUES."""
+def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndarray, int, int, np.ndarray]:
+    """Tile k -> RGB uint8 (size, size, 3), places of its cells and tissue in CELLS and TISSUES, nuclei (size, size)."""
     rng = np.random.default_rng((STREAMS.index(stream), seed, k))
     cell, tissue = int(rng.integers(len(CELLS))), int(rng.integers(len(TISSUES)))
     radius, spread, elongation, density, pale, nucleolus, count = list(CELLS.values())[cell]
@@ -150,48 +135,55 @@ def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndar
     stains = STAINS * np.exp(0.10 * normal((2, 3)))
     stains *= np.exp(0.2 * normal((2, 1))) / np.linalg.norm(stains, axis=1, keepdims=True)
     rgb = np.exp(-np.stack([haematoxylin, eosin], -1) @ stains) * rng.uniform(0.92, 1) + 0.02 * normal((size, size, 3))
-    return (np.clip(rgb, 0, 1) * 255).astype(np.uint8), cell, tissue
+    return (np.clip(rgb, 0, 1) * 255).astype(np.uint8), cell, tissue, (d.min(0) < 1).astype(np.uint8)
 
 
 class TissueTiles(Dataset):
-    """Synthetic tile k of a stream, without end -> {"image": uint8 (3, size, size), "cells": int, "tissue": int}."""
+    """Tile k of a stream of synthetic tissue -> {"image": uint8 (3, size, size), "index": k, cells, tissue, nuclei}."""
 
     def __init__(self, stream: str, seed: int, size: int = 64):
         self.stream, self.seed, self.size = stream, seed, size
 
     def __getitem__(self, k: int) -> dict:
-        image, cells, tissue = draw_tissue(self.stream, self.seed, k, self.size)
-        return {"image": torch.from_numpy(image).permute(2, 0, 1), "cells": cells, "tissue": tissue}
+        image, cells, tissue, nuclei = draw_tissue(self.stream, self.seed, k, self.size)
+        image = torch.from_numpy(image).permute(2, 0, 1)
+        return {"image": image, "index": k, "cells": cells, "tissue": tissue, "nuclei": torch.from_numpy(nuclei)}
 
     def draw(self, n: int) -> dict[str, Tensor]:
-        """The first n tiles at once: {"image": (n, 3, size, size), "cells": (n,), "tissue": (n,)}, on all cores."""
-        loader = batches(self, range(n), 64, min(8, os.cpu_count() or 1) if n > 256 else 0)
-        drawn = list(progress(loader, f"drawing {n} synthetic tiles", len(loader)))
+        """The first n tiles at once, on all cores: what is drawn for one, with n in front of its shape."""
+        workers = min(8, os.cpu_count() or 1) if n > 256 else 0
+        drawn = list(batches(self, range(n), 64, workers, label=f"drawing {n} synthetic tiles"))
         return {key: torch.cat([batch[key] for batch in drawn]) for key in drawn[0]}
 
 
-# ---- the order of samples -----------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=2)  # a batch can straddle two epochs
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Sample k of a run is tile epoch_order(seed, k // n, n)[k % n]: every tile once an epoch, each epoch anew."""
     return np.random.default_rng((0, seed, epoch)).permutation(n)
 
 
-def tile_index(seed: int, k: int, n: int) -> int:
-    """Which of n tiles is sample k: every tile once an epoch, in an order of its own."""
-    return int(epoch_order(seed, k // n, n)[k % n])
-
-
-def batches(dataset: Dataset, ks: range, batch_size: int, workers: int = 0, pin: bool = False) -> DataLoader:
-    """Samples `ks` of a dataset in batches; sample k depends on k alone, so any number of workers gives the same."""
+def batches(tiles: Dataset, ks: range, batch_size: int, workers=0, pin=False, label: str = "") -> Iterator[dict]:
+    """Samples `ks` in batches, with progress if there is a label; sample k depends on k alone, never on the workers.
+    Unreadable tiles are named once each, and kept in tiles.unreadable; InputError when they pass 1 % of tiles.files."""
     generator = torch.Generator()  # otherwise every pass draws from the global generator, which nothing here depends on
-    return DataLoader(dataset, batch_size, sampler=ks, num_workers=workers, pin_memory=pin, generator=generator)
+    loader = DataLoader(tiles, batch_size, sampler=ks, num_workers=workers, pin_memory=pin, generator=generator)
+    for batch in progress(loader, label, len(loader)) if label else loader:
+        if (small := next(filter(None, batch.pop("small", [])), "")) and not tiles.small:
+            tiles.small = True
+            print(f"warning: {small}, perhaps others too, is smaller than the crop, so enlarged", file=sys.stderr)
+        for path in filter(None, "\0".join(batch.pop("skipped", [])).split("\0")):
+            if path not in tiles.unreadable:
+                tiles.unreadable.append(path)
+                print(f"warning: skipped unreadable tile {path!r} ({len(tiles.unreadable)} so far)", file=sys.stderr)
+            if len(tiles.unreadable) > len(tiles.files) / 100:
+                some = f"{', '.join(tiles.unreadable[:3])}; mend or remove them"
+                raise InputError(f"{tiles.root}: over 1 % of {len(tiles.files)} tiles are unreadable: {some}")
+        yield batch
 
 
 class CachedTiles(Dataset):
     """Tiles whose teachers run once, here: sample k -> {"image": (3, H, W), "outputs": {teacher: tokens}}.
-
-    images: (n, 3, H, W); teach: images -> {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}, kept in fp16.
-    """
+    images: (n, 3, H, W); teach: images -> {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}, kept in fp16."""
 
     def __init__(self, images: Tensor, teach: Callable[[Tensor], dict[str, dict[str, Tensor]]], seed: int):
         self.images, self.seed, chunks, parts = images, seed, images.split(64), []
@@ -201,36 +193,38 @@ class CachedTiles(Dataset):
         self.outputs = {t: {kind: torch.cat([p[t][kind] for p in parts]) for kind in parts[0][t]} for t in parts[0]}
 
     def __getitem__(self, k: int) -> dict:
-        i = tile_index(self.seed, k, len(self.images))
+        i = epoch_order(self.seed, k // len(self.images), len(self.images))[k % len(self.images)]
         outputs = {t: {kind: y[i] for kind, y in tokens.items()} for t, tokens in self.outputs.items()}
         return {"image": self.images[i], "outputs": outputs}
 
 
-# ---- real tiles ---------------------------------------------------------------------------------------------------
 def list_tiles(root: str | Path, flag: str = "--data") -> list[str]:
     """Relative paths of all images under a folder, sorted. InputError where there is none."""
-    if not os.path.isdir(root):
-        raise InputError(f"{flag}: {root} is not a folder; give a folder of tiles")
     found, seen = [], set()
     for folder, _, names in os.walk(root, followlinks=True):  # labelled folders are often made of links
-        if (real := os.path.realpath(folder)) in seen:  # a circle of links, or a folder linked twice
+        if os.path.realpath(folder) in seen:  # a circle of links, or a folder linked twice
             continue
-        seen.add(real)
-        for name in names:
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):  # "._x.png": macOS metadata
-                found.append(os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/"))
+        seen.add(os.path.realpath(folder))
+        tiles = (name for name in names if Path(name).suffix.lower() in SUFFIXES and name[0] != ".")  # "._x.png": macOS
+        found += [os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/") for name in tiles]
     if not found:
-        raise InputError(f"{flag}: no images ({', '.join(sorted(SUFFIXES))}) in {root} or the folders below it")
+        what = "has no images" if os.path.isdir(root) else "is not a folder of images"
+        raise InputError(f"{flag}: {root} {what} ({', '.join(sorted(SUFFIXES))}); give a folder tree of tiles")
     return sorted(found)
 
 
-def open_tile(path: str | Path) -> Image.Image | None:
-    """An image file as Pillow's RGB, upright after its EXIF tag; None where it cannot be read."""
+def open_tile(path: str | Path, mask: bool = False) -> Image.Image | None:
+    """An image file as Pillow's RGB, upright after its EXIF tag; a mask as class numbers, mode L; None: unreadable."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF" and not 1 < image.getextrema()[1] < 256:
                 raise ValueError("16-bit grey or float, which Pillow would clip to white or black")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            if not mask:
+                return ImageOps.exif_transpose(image).convert("RGB")
+            numbers = np.array(image.convert("L")) > 127 if image.format == "JPEG" else np.array(image)  # JPEG blurs
+        if numbers.ndim == 3 and (numbers[..., :1] == numbers[..., :3]).all():  # grey, saved as RGB
+            numbers = numbers[..., 0]
+        return Image.fromarray(numbers.astype(np.uint8)) if numbers.ndim == 2 and numbers.dtype.kind in "bu" else None
     except Exception:  # noqa: BLE001 - Pillow raises a dozen types on broken files, and all mean the same here
         return None
 
@@ -245,81 +239,88 @@ def random_view(image: Image.Image, size: int, rng: np.random.Generator) -> Tens
     return (view.flip(2) if rng.integers(2) else view).contiguous()
 
 
-def centre_view(image: Image.Image, size: int) -> Tensor:
-    """The view of evaluation (3, size, size): shorter side to `size` (bicubic, antialiased), centre cropped."""
-    return TF.pil_to_tensor(TF.center_crop(TF.resize(image, size, TF.InterpolationMode.BICUBIC), size))
+def centre_view(image: Image.Image, size: int, mode: str = "bicubic") -> Tensor:
+    """The view of evaluation (channels, size, size): shorter side to `size` (antialiased), centre cropped."""
+    return TF.pil_to_tensor(TF.center_crop(TF.resize(image, size, TF.InterpolationMode(mode)), size))
 
 
 class FolderTiles(Dataset):
     """Sample k -> {"image": uint8 (3, size, size), "skipped": unreadable, joined by NUL, "small": path if enlarged}.
-
-    An unreadable tile is replaced by the next of the same epoch's order, so the choice depends on k alone.
-    """
+    An unreadable tile is replaced by the next of the same epoch's order, so the choice depends on k alone."""
 
     def __init__(self, root: str | Path, size: int, seed: int):
         self.root, self.size, self.seed, self.files = Path(root), size, seed, list_tiles(root)
+        self.unreadable, self.small = [], False  # filled by `batches`
 
     def fingerprint(self) -> dict:
         """Count and hash of the sorted list: what a resumed run compares."""
-        listing = "\0".join(self.files).encode("utf8", "surrogateescape")
-        return {"count": len(self.files), "sha256": hashlib.sha256(listing).hexdigest()}
+        listing = hashlib.sha256("\0".join(self.files).encode("utf8", "surrogateescape"))
+        return {"count": len(self.files), "sha256": listing.hexdigest()}
 
     def __getitem__(self, k: int) -> dict:
-        n, skipped = len(self.files), []
-        order = epoch_order(self.seed, k // n, n)
-        while len(skipped) <= n / 100:
-            path = self.root / self.files[order[(k + len(skipped)) % n]]
+        n, skipped, view, small = len(self.files), [], torch.zeros(3, self.size, self.size, dtype=torch.uint8), ""
+        for i in range(n // 100 + 1):  # more in a row would end the run anyway
+            path = self.root / self.files[epoch_order(self.seed, k // n, n)[(k + i) % n]]
             if image := open_tile(path):
                 view = random_view(image, self.size, np.random.default_rng((1, self.seed, k)))
                 small = str(path) if min(image.size) < self.size else ""
-                return {"image": view, "skipped": "\0".join(skipped), "small": small}
+                break
             skipped.append(str(path))
-        image = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-        return {"image": image, "skipped": "\0".join(skipped), "small": ""}
+        return {"image": view, "skipped": "\0".join(skipped), "small": small}
 
 
 class CentreTiles(Dataset):
-    """All tiles of a folder: tile k -> {"image": uint8 (3, size, size), "index": k, -1 if unreadable, "skipped"}."""
+    """Tile k of `files` -> {"image": uint8 (3, size, size), "index": k, -1 if unreadable, "skipped": its path, target}.
+    targets: {"class": numbers (n,)} or {"mask": files (n,)}, whose numbers (size, size) are cut as their tile is."""
 
-    def __init__(self, root: str | Path, size: int, flag: str = "--data"):
-        self.root, self.size, self.files = Path(root), size, list_tiles(root, flag)
+    def __init__(self, root: str | Path, size: int, files: list[str], targets: dict[str, list] | None = None):
+        self.root, self.size, self.files, self.targets, self.unreadable = Path(root), size, files, targets or {}, []
+
+    def __len__(self) -> int:
+        return len(self.files)
 
     def __getitem__(self, k: int) -> dict:
-        path = self.root / self.files[k]
-        if image := open_tile(path):
-            return {"image": centre_view(image, self.size), "index": k, "skipped": ""}
-        return {"image": torch.zeros(3, self.size, self.size, dtype=torch.uint8), "index": -1, "skipped": str(path)}
+        item = {"index": k, "skipped": "", **{kind: target[k] for kind, target in self.targets.items()}}
+        if (image := open_tile(self.root / self.files[k])) is None:
+            image, item["index"], item["skipped"] = Image.new("RGB", (1, 1)), -1, str(self.root / self.files[k])
+        if "mask" in item:
+            if (mask := open_tile(self.root / item["mask"], mask=True)) is None or mask.size != image.size:
+                mask, item["index"] = image.convert("L"), -1
+                item["skipped"] = item["skipped"] or str(self.root / item["mask"])
+            item["mask"] = centre_view(mask, self.size, "nearest")[0]
+        return item | {"image": centre_view(image, self.size)}
 
 
-class LabelledTiles(CentreTiles):
-    """One split of a labelled folder, ROOT/SPLIT/CLASS/*; labels: (n,), indices in `classes`, those of train/."""
-
-    def __init__(self, root: str | Path, split: str, size: int, classes: list[str] | None = None):
-        if not (folder := Path(root) / split).is_dir():
-            raise InputError(f"--data: {folder} is missing; a labelled folder holds train/CLASS/* and test/CLASS/*")
-        super().__init__(folder, size)
-        self.classes = classes or sorted({name.split("/")[0] for name in self.files if "/" in name})
-        for name in self.files:
-            if "/" not in name or name.split("/")[0] not in self.classes:
-                raise InputError(f"--data: {folder / name} is in none of the classes of train/; move or remove it")
-        self.labels = torch.tensor([self.classes.index(name.split("/")[0]) for name in self.files])
+LABELLED = "train/CLASS/* and test/CLASS/*, labels.csv (path, label, split: train or test), or images/* and masks/*"
+SPLITS = {"train": ("train", "NCT-CRC-HE-100K", "NCT-CRC-HE-100K-NONORM"), "test": ("test", "CRC-VAL-HE-7K")}
 
 
-class Skipped:
-    """Names unreadable tiles once each, InputError when they pass 1 % of `tiles`; names the first one too small."""
-
-    def __init__(self, tiles: int):
-        self.tiles, self.paths, self.small = tiles, set(), False
-
-    def check(self, batch: dict) -> dict:
-        if not self.small and (small := [path for path in batch.get("small", []) if path]):
-            self.small = True
-            print(f"warning: {small[0]}, perhaps others too, is smaller than the crop, so enlarged", file=sys.stderr)
-        for path in "\0".join(batch.get("skipped", [])).split("\0"):
-            if path and path not in self.paths:
-                self.paths.add(path)
-                print(f"warning: skipped unreadable tile {path!r} ({len(self.paths)} so far)", file=sys.stderr)
-        if len(self.paths) > self.tiles / 100:
-            some = ", ".join(sorted(self.paths)[:3])
-            raise InputError(f"--data: over 1 % of {self.tiles} tiles are unreadable: {some}; mend or remove them")
-        return batch
+def labelled_files(root: str) -> dict[str, tuple[list[str], dict[str, list]]]:
+    """{"train": (files, targets), "test": ...} of a labelled folder, for CentreTiles, in a fixed mixed order.
+    It holds one of LABELLED, or NCT-CRC-HE as unpacked. Files of images/ and masks/ have equal names; they lie below
+    train/ and test/, or at the top, where the last fifth is the test set. InputError: a split or a class is missing."""
+    folder, table, found, classes = Path(root), Path(root) / "labels.csv", {}, []
+    csv.field_size_limit(2**31 - 1)  # a quote that is never closed is a row without a split, not a csv.Error
+    text = table.read_text("utf-8-sig", "surrogateescape") if table.exists() else ""
+    rows = [(row.get("path"), row.get("label"), row.get("split")) for row in csv.DictReader(text.split("\n"))]
+    for split, names in SPLITS.items():
+        top, kind, pairs = next((name for name in names if (folder / name).is_dir()), "."), "class", []
+        if rows:
+            pairs = [(file, label) for file, label, its_split in rows if file and its_split == split]
+        elif (folder / top / "masks").is_dir():
+            kind, images = "mask", list_tiles(folder / top / "images")
+            masks = {os.path.splitext(x)[0]: x for x in list_tiles(folder / top / "masks")}  # without one: unreadable
+            pairs = [(f"{top}/images/{x}", f"{top}/masks/{masks.get(os.path.splitext(x)[0], x)}") for x in images]
+            cut = len(pairs) - max(1, len(pairs) // 5)
+            pairs = pairs if top != "." else pairs[:cut] if split == "train" else pairs[cut:]
+        elif top != ".":
+            pairs = [(f"{top}/{name}", name[: max(0, name.find("/"))]) for name in list_tiles(folder / top)]
+        if not pairs:
+            raise InputError(f"--data: {root} has no tiles for {split}; a labelled folder holds {LABELLED}")
+        classes = classes or sorted({label for _, label in pairs if label})
+        if unknown := [file for file, label in pairs if kind == "class" and label not in classes]:
+            raise InputError(f"--data: {root}/{unknown[0]} is in none of the classes of train; move or remove it")
+        pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
+        targets = [classes.index(label) if kind == "class" else label for _, label in pairs]
+        found[split] = ([file for file, _ in pairs], {kind: targets})
+    return found

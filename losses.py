@@ -1,7 +1,6 @@
 """The targets and the loss: standardised teacher tokens, two token losses, and their sum over teachers and nested dims.
 
 Place in the data flow:  data.py -> student.py and teachers.py -> [ losses.py ] -> train.py -> evaluate.py
-
     y_t     = standardise(teacher t's tokens)                 statistics measured once, before training, then frozen
     L_{t,m} =       cos(h_{t,m}(z_summary[:m]), y_summary)    cos(a, b) = 1 - cosine similarity
             + 0.9 * cos(h_{t,m}(z_patch[:m]),   y_patch)
@@ -10,10 +9,7 @@ Place in the data flow:  data.py -> student.py and teachers.py -> [ losses.py ] 
 
 Losses are pure functions, in float32 whatever the autocast around them; a standardiser is a module of frozen buffers.
 Sources: the two token losses are RADIO's (arXiv 2312.06709), PHI-S is arXiv 2410.01680, the sum over prefixes is that
-of Matryoshka learning (2205.13147). The weights are our choice, not checked against the paper's method section.
-"""
-
-from collections.abc import Iterable
+of Matryoshka learning (2205.13147). The weights are our choice, not checked against the paper's method section."""
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +20,14 @@ from data import InputError
 Tokens = dict[str, Tensor]  # {"summary": (B, D), "patches": (B, N, D)}
 
 
-# ---- standardising a teacher's tokens -----------------------------------------------------------------------------
 def hadamard(n: int) -> Tensor:
     """A Hadamard matrix (n, n) of entries +-1, H H^T = n I, in float64. InputError where n has no construction here."""
     if n == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     if n in (12, 20):  # Paley: H = I + S, S skew-symmetric, built on the quadratic residues modulo q = 11 or 19
         q = n - 1
-        residues = {i * i % q for i in range(1, q)}
-        chi = torch.tensor([0] + [1 if i in residues else -1 for i in range(1, q)], dtype=torch.float64)
+        squares = {i * i % q for i in range(1, q)}
+        chi = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, q)], dtype=torch.float64)
         S = torch.zeros(n, n, dtype=torch.float64)
         S[0, 1:], S[1:, 0] = 1, -1
         S[1:, 1:] = torch.stack([chi.roll(i) for i in range(q)])  # row i, column j: chi[j - i]
@@ -44,13 +39,11 @@ def hadamard(n: int) -> Tensor:
 
 class Standardizer(nn.Module):
     """One teacher's tokens of one kind, (..., D) -> (..., D) with mean 0 and comparable scale; frozen buffers.
-
         y' = R (y - mean) / scale          y = R^T (scale * y') + mean
 
     "phi-s":   R = H U^T, scale = sqrt(mean(l)) (one number), H a normalised Hadamard matrix, C = U diag(l) U^T.
                Every channel then has variance exactly 1, without blowing up a near-dead channel or direction.
-    "channel": R = I, scale = each channel's standard deviation.       "none": y' = y.
-    """
+    "channel": R = I, scale = each channel's standard deviation.       "none": y' = y."""
 
     def __init__(self, dim: int, mode: str = "phi-s"):
         super().__init__()
@@ -62,11 +55,11 @@ class Standardizer(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
 
     @torch.no_grad()
-    def set(self, mean: Tensor, covariance: Tensor) -> "Standardizer":
+    def set(self, mean: Tensor, covariance: Tensor, name: str = "teacher") -> "Standardizer":
         """Derive the buffers from mean (D,) and covariance (D, D), both float64. InputError on a constant teacher."""
         variances = covariance.diagonal()
         if not torch.isfinite(covariance).all() or variances.mean() <= 0:
-            raise InputError("its outputs are constant or not finite: check its weights")
+            raise InputError(f"{name}: its outputs are constant or not finite: check its weights")
         rms = variances.mean().sqrt()  # = sqrt(mean(l)): the trace is the sum of the eigenvalues
         if self.mode == "phi-s":
             H = hadamard(len(mean)).to(mean) / len(mean) ** 0.5
@@ -97,8 +90,8 @@ class Standardizers(nn.ModuleDict):
             self[t] = nn.ModuleDict({kind: Standardizer(D, mode) for kind in ("summary", "patches")})
 
     @torch.no_grad()
-    def measure(self, batches: Iterable[dict[str, Tokens]]) -> None:
-        """Set every standardiser from batches of raw outputs {teacher: tokens}; moments are summed in float64."""
+    def measure(self, batches) -> None:
+        """Set every standardiser from an iterable of raw outputs {teacher: tokens}; moments are summed in float64."""
         moments = {(t, kind): (0, 0.0, 0.0) for t in self for kind in self[t]}
         for outputs in batches:
             for (t, kind), (count, first, second) in moments.items():
@@ -107,22 +100,15 @@ class Standardizers(nn.ModuleDict):
                 moments[t, kind] = (count + len(y), first + y.sum(0), second + y.T @ y)
         for (t, kind), (count, first, second) in moments.items():
             mean = first / count
-            try:
-                self[t][kind].set(mean, second / count - mean.outer(mean))
-            except InputError as error:
-                raise InputError(f"teacher {t}, {kind}: {error}") from None
+            self[t][kind].set(mean, second / count - mean.outer(mean), f"teacher {t}, {kind}")
 
     def forward(self, outputs: dict[str, Tokens]) -> dict[str, Tokens]:
         return {t: {kind: self[t][kind](y) for kind, y in tokens.items()} for t, tokens in outputs.items()}
 
 
-# ---- the loss -----------------------------------------------------------------------------------------------------
 def distillation_loss(adapted: dict[str, Tokens], targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
-    """The sum over teachers of L_{t,m}, for one dim m.
-
-    adapted, targets: {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}, the targets standardised.
-    -> (loss, parts): parts[teacher] holds the mean cosine similarities and the smooth-L1 term, detached, for the log.
-    """
+    """The sum over teachers of L_{t,m}, for one dim m, of {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}.
+    -> (loss, parts): parts[teacher] holds its mean cosine similarities and smooth-L1 term, detached, for the log."""
     loss, parts = 0.0, {}
     for t, y in targets.items():
         h = adapted[t]
@@ -136,9 +122,7 @@ def distillation_loss(adapted: dict[str, Tokens], targets: dict[str, Tokens]) ->
 
 def nested_loss(student: nn.Module, tokens: Tokens, targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
     """L = sum over nested dims m and teachers t of L_{t,m}: every prefix of the embedding has to do the whole job.
-
-    tokens: the student's {"summary": (B, D), "patches": (B, N, D)}. -> (loss, {m: parts of distillation_loss at m}).
-    """
+    tokens: the student's {"summary": (B, D), "patches": (B, N, D)}. -> (loss, {m: parts of distillation_loss at m})."""
     loss, parts = 0.0, {}
     for m in student.nested_dims:
         loss_m, parts[m] = distillation_loss(student.adapt(tokens, m), targets)

@@ -1,18 +1,15 @@
 """The student: one hand-written ViT, adaptor heads, and the cut to the first m channels.
 
 Place in the data flow:  data.py -> [ student.py ] and teachers.py -> losses.py -> train.py -> evaluate.py
-
     tokens  = LayerNorm(ViT(image))              one summary (CLS) and N patch tokens, width D
     z[:m]   = the first m channels of a token    `truncate`, for every m in nested_dims (the last one is D)
     h_{t,m} = adaptor head of teacher t at m     Linear(m, D), LayerNorm, GELU, Linear(D, D_t)
-
-with one head for the summary and one for the patches. `VisionTransformer` serves the students and every teacher. Its
-parameters are named as in timm's VisionTransformer, so weights go both ways; `timm_state` takes all other layouts.
-Sources: ViT (arXiv 2010.11929), registers (2309.16588), Matryoshka representation learning (2205.13147), adaptor heads
-as in RADIO (2312.06709). The layers of the head are our choice, not checked against the paper's method section.
-"""
+with one head for the summary and one for the patches. `VisionTransformer` serves students and teachers; its parameters
+have timm's names, so weights go both ways; `timm_state` takes all other layouts. Sources: ViT (arXiv 2010.11929),
+registers (2309.16588), Matryoshka (2205.13147), heads as in RADIO (2312.06709), their layers being our choice."""
 
 import contextlib
+import itertools
 import math
 import pickle
 import re
@@ -47,8 +44,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, .)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
 
 
 class Mlp(nn.Module):
@@ -67,40 +63,29 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class LayerScale(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        # our choice: DINOv2 starts at 1e-5, and a short distillation would spend its budget on leaving that
-        self.gamma = nn.Parameter(torch.full((width,), 0.1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
     def __init__(self, width: int, heads: int, mlp_width: int, swiglu: bool, layer_scale: bool):
         super().__init__()
+        # LayerScale: 0.1 is our choice; DINOv2 has 1e-5, which a short distillation would spend its budget on leaving
+        ls1, ls2 = ({"gamma": torch.full((width,), 0.1)} if layer_scale else {} for _ in range(2))
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
+        self.ls1 = nn.ParameterDict(ls1)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, mlp_width, swiglu)
-        self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
+        self.ls2 = nn.ParameterDict(ls2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.ls1.get("gamma", 1) * self.attn(self.norm1(x))
+        return x + self.ls2.get("gamma", 1) * self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nn.Module):
-    """A plain ViT without a classification head. Raises ValueError on images of another size than S = img_size.
-
-    img_size, patch_size: pixels; width: D; mlp_width: rows of fc1; registers: extra tokens after CLS.
-    pos_on_prefix: pos_embed has rows for CLS and registers too (UNI, Virchow2), or for the patches alone (DINOv2 reg4).
-    forward: normalised images (B, 3, S, S) -> CLS, registers, patches row by row, normed, (B, 1 + registers + N, D).
-    """
+    """A plain ViT: normalised images (B, 3, S, S) -> CLS, registers, patches row by row (B, 1 + registers + N, D).
+    img_size: S, other images raise ValueError; width: D; mlp_width: rows of fc1; registers: extra tokens after CLS.
+    pos_on_prefix: pos_embed has rows for CLS and registers too (UNI, Virchow2), or for patches alone (DINOv2 reg4)."""
 
     def __init__(
         self, img_size: int, patch_size: int, width: int, depth: int, heads: int, mlp_width: int,
@@ -140,6 +125,10 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def millions(model: nn.Module) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
 def to_float(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
@@ -154,17 +143,9 @@ def truncate(tokens: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
     return {kind: z[..., :dim] for kind, z in tokens.items()}
 
 
-def adaptor_head(dim: int, hidden: int, teacher_dim: int) -> nn.Module:
-    """h_{t,m}: (..., dim) -> (..., teacher_dim)."""
-    return nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, teacher_dim))
-
-
 class Student(nn.Module):
-    """A ViT backbone with two adaptor heads (summary, patches) for every teacher at every nested dim.
-
-    arch: a name in STUDENTS or VisionTransformer's arguments; teacher_dims: {teacher: D_t}; nested_dims: channels, each
-    at most D, which is always added. The heads serve training alone: what is used afterwards is `backbone`.
-    """
+    """A ViT backbone, and for training two adaptor heads (summary, patches) for every teacher at every nested dim.
+    arch: a name in STUDENTS or a ViT's arguments; teacher_dims: {teacher: D_t}; nested_dims: up to D, always added."""
 
     def __init__(self, arch: str | dict, teacher_dims: dict[str, int], nested_dims: list[int]):
         super().__init__()
@@ -177,8 +158,12 @@ class Student(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.adaptors = nn.ModuleDict()
         for t, D_t in teacher_dims.items():
-            heads = {m: {kind: adaptor_head(m, D, D_t) for kind in ("summary", "patches")} for m in self.nested_dims}
-            self.adaptors[t] = nn.ModuleDict({str(m): nn.ModuleDict(pair) for m, pair in heads.items()})
+            self.adaptors[t] = nn.ModuleDict({str(m): nn.ModuleDict() for m in self.nested_dims})
+            for m, kind in itertools.product(
+                self.nested_dims, ("summary", "patches")
+            ):  # h_{t,m}: (..., m) -> (..., D_t)
+                head = nn.Sequential(nn.Linear(m, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D_t))
+                self.adaptors[t][str(m)][kind] = head
         self.adaptors.apply(init_weights)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -191,7 +176,6 @@ class Student(nn.Module):
         return {t: {kind: h(z[kind]) for kind, h in heads[str(dim)].items()} for t, heads in self.adaptors.items()}
 
 
-# ---- weights: any published layout, strictly, into the ViT ---------------------------------------------------------
 def read_weights(path: str | Path) -> dict:
     """What a .safetensors, .bin, .pth or .pt file holds, on the CPU. Never runs code that a pickle carries."""
     try:
@@ -222,21 +206,15 @@ def load_strictly(model: nn.Module, state: dict, source: str) -> None:
 
 
 RENAMES = [  # in this order: wrappers of training code; Hugging Face's ViT and Dinov2; the DINOv2 repo; timm's are kept
-    (r"^((module|backbone|model|vit|dinov2|embeddings|encoder)\.)+", ""),
-    (r"^patch_embeddings\.projection", "patch_embed.proj"),
-    (r"^position_embeddings", "pos_embed"),
-    (r"^register_tokens", "reg_token"),
-    (r"^layernorm\.", "norm."),
-    (r"^layer\.", "blocks."),
+    (r"^((module|backbone|model|vit|dinov2|embeddings|encoder)\.)+", ""), (r"^layernorm\.", "norm."),
+    (r"^patch_embeddings\.projection", "patch_embed.proj"), (r"^position_embeddings", "pos_embed"),
+    (r"^register_tokens", "reg_token"), (r"^layer\.", "blocks."), (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # blocks in chunks, as fully sharded training leaves them
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.attention\.(query|key|value)\.", r".attn.qkv."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.attention\.(query|key|value)\.", r".attn.qkv."), (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.(intermediate\.dense|mlp\.weights_in|mlp\.w12)\.", ".mlp.fc1."),
     (r"\.(output\.dense|mlp\.weights_out|mlp\.w3)\.", ".mlp.fc2."),
-]
+]  # fmt: skip
 UNUSED = r"mask_token$|(pooler|classifier|head|dino_head|ibot_head)\."  # any other surplus tensor is refused
 
 
@@ -286,3 +264,15 @@ def load_published(vit: VisionTransformer, path: Path, source: str, dtype=torch.
         raise InputError(f"{source} holds another model: {reason}; put the right file there") from None
     load_strictly(vit, state, source)
     return content
+
+
+def load_student(run: str | Path, device: str | torch.device = "cpu") -> tuple[Student, dict]:
+    """A trained student, its adaptor heads left out, from a run folder or a student.pt -> (student, its config)."""
+    path = Path(run) / "student.pt" if Path(run).is_dir() else Path(run)
+    content = read_weights(path) if path.exists() else {}
+    if not {"state_dict", "config"} <= content.keys():
+        why = "is not a student.pt written by train.py" if path.exists() else "does not exist"
+        raise InputError(f"{path} {why}; give the folder of a run that has saved, or its student.pt")
+    student = Student(content["config"]["arch"], {}, content["config"]["nested_dims"])
+    load_strictly(student.backbone, content["state_dict"], str(path))
+    return student.to(device).eval(), content["config"]

@@ -4,19 +4,19 @@
     python teachers.py uni tile.png   load one and embed a tile: are access, file and memory in order before a long run?
 
 Place in the data flow:  data.py -> student.py and [ teachers.py ] -> losses.py -> train.py -> evaluate.py
-
     teacher(images in [0, 1]) -> {"summary": CLS (B, D_t), "patches": (B, N, D_t)}, resampled to the student's grid
     teacher.embed(images)     -> the embedding that the model's card recommends, for evaluating the teacher itself
+`TEACHERS` has one entry a teacher, from its card. Every one is the ViT of student.py, whose `load_published` takes each
+published layout, strictly. Offline teachers are trained on first use with one of the labels of synthetic tissue."""
 
-`TEACHERS` has one entry a teacher. Every one is the ViT of student.py, whose `load_published` takes each published
-layout, strictly. Facts are from the model cards; loading is checked against timm and transformers on random weights in
-the published layouts. Offline teachers are trained on first use with one of the labels of synthetic tissue.
-"""
-
+import argparse
+import importlib.util
 import math
+import os
+import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from torchvision.transforms import functional as TF
 
 import data
 from data import CELLS, TASKS, TISSUES, InputError, progress
-from student import IMAGENET, P14, REG4, VIT_B, VIT_S, VisionTransformer, load_published, normalise, to_float
+from student import IMAGENET, P14, REG4, VIT_B, VIT_S, VisionTransformer, load_published, millions, normalise, to_float
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class Teacher(nn.Module):
         self.name, self.vit, self.spec = name, vit.requires_grad_(False), TEACHERS[name]
         self.dim, self.grid, self.licence = vit.width, vit.grid, self.spec.licence
         self.embed_dim = 2 * vit.width if self.spec.patch_mean else vit.width
+        self.card_size = self.spec.resize or vit.img_size
         for key, values in zip(("mean", "std"), self.spec.norm):
             self.register_buffer(key, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.eval()
@@ -111,10 +112,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, grid: int | None = None) -> dict[str, Tensor]:
         """Images (B, 3, S, S), uint8 or in [0, 1] -> {"summary": (B, D_t), "patches": (B, N, D_t)}, N = grid * grid.
-
-        Images of another size are resized (bicubic, antialiased); ValueError on those that are not square. For another
-        `grid` patches are resampled (bilinear), so that patch i of teacher and student is the same piece of tissue.
-        """
+        Images are resized (bicubic, antialiased); ValueError if not square. Patches are resampled (bilinear) to `grid`,
+        the student's, so that patch i of teacher and student is the same piece of tissue."""
         images, size = to_float(images), self.vit.img_size
         if images.shape[-2] != images.shape[-1]:  # resizing would distort them
             raise ValueError(f"images of {tuple(images.shape[-2:])} px are not square; crop them, or use embed")
@@ -130,20 +129,17 @@ class Teacher(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), uint8 or in [0, 1] -> the card's embedding (B, embed_dim), as its authors evaluate it.
-
-        CLS, or CLS and the mean of patches, of the card's resize and crop. InputError: tiles enlarged over 4 times.
-        """
+        CLS, or CLS and the mean of patches, of the card's resize and crop. InputError: tiles enlarged over 4 times."""
         (height, width), size, mode = images.shape[-2:], self.vit.img_size, self.spec.interpolation
         if 4 * min(height, width) < size:
-            need = f"{size // 4} px or more a side (the card: {self.spec.tile} microns per pixel)"
-            raise InputError(f"a tile of {width} x {height} px is too small for {self.name}; give tiles of {need}")
+            need = f"{self.name}; give {size // 4} px or more a side (the card: {self.spec.tile} microns per pixel)"
+            raise InputError(f"a tile of {width} x {height} px is too small for {need}")
         images = to_float(TF.resize(images, self.spec.resize or size, TF.InterpolationMode(mode)))  # antialiased
         tokens = self(TF.center_crop(images.clamp(0, 1), size))  # bicubic overshoots
         parts = [tokens["summary"], tokens["patches"].mean(1)] if self.spec.patch_mean else [tokens["summary"]]
         return torch.cat(parts, -1)
 
 
-# ---- weight files -------------------------------------------------------------------------------------------------
 def check_names(names: list[str]) -> None:
     if unknown := [name for name in names or [""] if name not in TEACHERS]:
         raise InputError(f"--teachers: no teacher is called '{unknown[0]}'; choose from {', '.join(TEACHERS)}")
@@ -161,17 +157,11 @@ def load_init(vit: VisionTransformer, init: str, weights_dir: str | Path = "weig
     return config.get("licences") or config.get("teachers") or {path.name: "unknown; ask where the file comes from"}
 
 
-def find_weights(names: Iterable[str], weights_dir: str | Path = "weights", fetch: bool = True) -> dict[str, Path]:
-    """The file of every published teacher in `names`: in weights_dir, in Hugging Face's cache, or fetched now.
-
-    One InputError names all that are missing; without `fetch` they are left out.
-    """
-    try:
-        import huggingface_hub as hub
-
+def find_weights(names: list[str], weights_dir: str | Path = "weights", fetch: bool = True) -> dict[str, Path]:
+    """{name: file}, of weights_dir or Hugging Face's cache, or fetched now. InputError names all that are missing."""
+    hub = importlib.import_module("huggingface_hub") if importlib.util.find_spec("huggingface_hub") else None
+    if hub:
         hub.logging.set_verbosity_error()  # its retries would bury the one line below
-    except ImportError:
-        hub = None
     found, missing, why = {}, [], "not tried" if hub else "huggingface_hub is not installed"
     for name, spec in ((name, TEACHERS[name]) for name in names if name not in OFFLINE):
         local = [Path(weights_dir) / f"{name}.{suffix}" for suffix in ("safetensors", "bin", "pth", "pt")]
@@ -196,28 +186,24 @@ def find_weights(names: Iterable[str], weights_dir: str | Path = "weights", fetc
 
 
 def load_teacher(name: str, weights_dir="weights", device="cpu", dtype=torch.float32, steps=500, seed=0) -> Teacher:
-    """A frozen teacher on `device`, weights and compute in `dtype`. InputError: unknown name, no or unfit weights.
-
-    weights_dir: str or Path; steps, seed: training of an offline teacher, done on first use.
-    """
+    """A frozen teacher computing in `dtype`; offline ones are trained on first use. InputError: no or unfit weights."""
     check_names([name])
     spec = TEACHERS[name]
     if spec.task:
         # one file a recipe, so that a run with a tiny budget poisons no other
         path = Path(weights_dir) / f"{name}-v{data.TISSUE_VERSION}-{steps}-{seed}.pt"
         if not path.exists():
-            data.make_folder(weights_dir, "--weights-dir")  # better refused before the training than after it
+            Path(weights_dir).mkdir(parents=True, exist_ok=True)  # better refused before the training than after it
             data.save_atomically(train_offline_teacher(name, steps, seed, device), path)
     else:
         path = find_weights([name], weights_dir)[name]
     with torch.device("meta"):
         vit = VisionTransformer(**spec.arch)
-    origin = f"{spec.file} of {spec.repo}" if spec.repo else name
-    load_published(vit, path, f"{path}, which should be {origin},", dtype, spec.antialias)
+    source = f"{path}, which should be {f'{spec.file} of {spec.repo}' if spec.repo else name},"
+    load_published(vit, path, source, dtype, spec.antialias)
     return Teacher(name, vit).to(device)
 
 
-# ---- offline teachers ---------------------------------------------------------------------------------------------
 def train_offline_teacher(name: str, steps: int, seed: int, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Supervised training on one label of synthetic tissue -> the ViT's state dict, on the CPU."""
     spec, batch_size, lr = TEACHERS[name], 32, 1e-3
@@ -242,24 +228,68 @@ def train_offline_teacher(name: str, steps: int, seed: int, device: str | torch.
     return {key: value.cpu() for key, value in vit.state_dict().items()}
 
 
-# ---- the command line ---------------------------------------------------------------------------------------------
-def list_teachers(weights_dir: str) -> None:
-    print("tile: pixels at microns per pixel; access: to the repo on Hugging Face; to try one: NAME TILE\n")
-    found = find_weights(TEACHERS, weights_dir, fetch=False)
-    for name, spec in TEACHERS.items():
-        with torch.device("meta"):
-            vit = VisionTransformer(**spec.arch)
-        millions = sum(p.numel() for p in vit.parameters()) / 1e6
-        mean, std = (" ".join(f"{value:.3f}" for value in values) for values in spec.norm)
-        where = "made on first use" if spec.task else found.get(name, f"not found: {spec.file} of {spec.repo}")
-        print(f"{name:12}{millions:9.3f} M  width {vit.width:4}  grid {vit.grid:2}  tile {spec.tile:14}", end="")
-        print(f"  mean {mean}  std {std}  access {spec.gate}\n{'':14}{where}; licence {spec.licence}")
+# the command line, shared by the three scripts
+OneLineParser = partial(  # one-line errors, whole flags only, the module docstring as the manual
+    argparse.ArgumentParser, formatter_class=argparse.RawTextHelpFormatter, usage=argparse.SUPPRESS, allow_abbrev=False
+)
+
+
+def at_least(smallest: int, text: str) -> int:
+    if not text.strip().isdecimal() or not smallest <= int(text) < 2**62:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {smallest} on")
+    return int(text)
+
+
+natural, positive, plural = (partial(at_least, smallest) for smallest in range(3))
+
+
+def path(text: str) -> str:
+    if not text:  # an unset variable of the shell; without this check the default would be taken in silence
+        raise argparse.ArgumentTypeError("it is empty; give a path")
+    return text
+
+
+def name_list(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def dim_list(text: str) -> list[int]:
+    return sorted({positive(part) for part in text.split(",")})
+
+
+def run_main(main) -> None:
+    """Run a script: what a user can put right ends it with one line on stderr and exit code 2."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        remedy = "" if isinstance(error, InputError) else "; mend that, or choose another place"
+        print(f"{os.path.basename(sys.argv[0])}: {error}{remedy}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; train.py goes on with --resume, all else has to begin anew", file=sys.stderr)
+        sys.exit(130)
+
+
+def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.device, torch.dtype]:
+    """--device, or the best at hand (on CUDA the GPU of this process), and the compute dtype of --precision on it."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = best if name is None else name
+    try:
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device: {name} is not to be had on this machine; use cpu, cuda or mps") from None
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(f"--precision fp16 needs CUDA; use fp32 or bf16 on {device.type}")
+    if precision == "auto" and device.type == "cuda":  # T4 and V100 only emulate bf16, slowly
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def main() -> None:
-    from evaluate import OneLineParser, choose_device, path  # not above: evaluate imports this file
-
-    parser = OneLineParser("teachers.py", __doc__)
+    parser = OneLineParser("teachers.py", description=__doc__)
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="a teacher to try; without it all are listed")
     add("tile", nargs="?", metavar="TILE", help="an image to embed")
@@ -268,25 +298,30 @@ def main() -> None:
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="(default: auto)")
     args = parser.parse_args()
     if args.name is None:
-        return list_teachers(args.weights_dir)
+        print("tile: pixels at microns per pixel; access: to the repo on Hugging Face; to try one: NAME TILE\n")
+        found = find_weights(TEACHERS, args.weights_dir, fetch=False)
+        for name, spec in TEACHERS.items():
+            with torch.device("meta"):
+                vit = VisionTransformer(**spec.arch)
+            mean, std = (" ".join(f"{value:.3f}" for value in values) for values in spec.norm)
+            where = "made on first use" if spec.task else found.get(name, f"not found: {spec.file} of {spec.repo}")
+            line = f"{name:12}{millions(vit):9.3f} M  width {vit.width:4}  grid {vit.grid:2}  tile {spec.tile:14}"
+            print(f"{line}  mean {mean}  std {std}  access {spec.gate}\n{'':14}{where}; licence {spec.licence}")
+        return
     check_names([args.name])
     if args.tile is None:
         raise InputError(f"TILE: give an image to embed: python teachers.py {args.name} tile.png")
     device, dtype = choose_device(args.device, args.precision)
     if (image := data.open_tile(args.tile)) is None:
         raise InputError(f"{args.tile} does not exist, or cannot be read; give a png, jpg, tif, bmp or webp of 8 bits")
-    began = time.monotonic()
-    teacher = load_teacher(args.name, args.weights_dir, device, dtype)
+    began, teacher = time.monotonic(), load_teacher(args.name, args.weights_dir, device, dtype)
     loaded = time.monotonic()
-    embedding = teacher.embed(TF.pil_to_tensor(image)[None].to(device)).float().cpu()  # (1, embed_dim)
+    z = teacher.embed(TF.pil_to_tensor(image)[None].to(device)).float().cpu()  # (1, embed_dim)
+    seconds, first = time.monotonic() - loaded, " ".join(f"{value:.4f}" for value in z[0, :5])
     print(f"{teacher.name}, {dtype} on {device}: loaded in {loaded - began:.1f} s; licence {teacher.licence}")
-    seconds, side = time.monotonic() - loaded, teacher.spec.resize or teacher.vit.img_size
-    print(f"{args.tile}: {image.width} x {image.height} px, shorter side to {side} px, then the centre")
-    print(f"embedding {tuple(embedding.shape)}, L2 norm {embedding.norm():.3f}, in {seconds:.2f} s, begins", end=" ")
-    print(" ".join(f"{value:.4f}" for value in embedding[0, :5]))
+    print(f"{args.tile}: {image.width} x {image.height} px, shorter side to {teacher.card_size} px, then the centre")
+    print(f"embedding {tuple(z.shape)}, L2 norm {z.norm():.3f}, in {seconds:.2f} s, begins {first}")
 
 
 if __name__ == "__main__":
-    import evaluate
-
-    evaluate.run_main(main)
+    run_main(main)

@@ -1,17 +1,13 @@
 """Train one small student on several frozen teachers, at every nested dim at once.
 
     python train.py                                       the offline demo: synthetic tissue, CPU, minutes
-    python train.py --data tiles/ --out runs/tiles        the same teachers on your own tiles
     python train.py --teachers uni,virchow --data tiles/  published teachers; says how to get missing weights
     torchrun --nproc-per-node 8 train.py ...              the same script on many GPUs
     python train.py --resume runs/demo                    go on where a run stopped
 
 Place in the data flow:  data.py -> student.py and teachers.py -> losses.py -> [ train.py ] -> evaluate.py
-
-One step: tiles -> frozen teachers -> standardised targets -> student -> nested loss -> backward, clip, AdamW. A run
-folder holds last.pt (all that a resume needs), student.pt (the backbone, loads into timm) and log.jsonl. Optimiser,
-schedule and sizes are our choice, not checked against the paper's method section; vit_b and vit_s were not trained out.
-"""
+A run folder holds last.pt (all that a resume needs), student.pt (the backbone, loads into timm), log.jsonl. Optimiser,
+schedule, sizes are our choice, not checked against the paper's method section; vit_b and vit_s were not trained out."""
 
 import argparse
 import contextlib
@@ -28,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
-from data import InputError, progress
-from evaluate import OneLineParser, at_least, choose_device, dim_list, name_list, path, run_main
+import teachers as cli
+from data import InputError
 from losses import Standardizers, nested_loss
-from student import STUDENTS, Student, load_strictly, read_weights
+from student import STUDENTS, Student, load_strictly, millions, read_weights
 from teachers import OFFLINE, TEACHERS, check_names, find_weights, load_init, load_teacher
 
 VIT = {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "save_every": 1000}
@@ -41,7 +37,6 @@ DEFAULTS = {
     "vit_b": {"dims": [48, 96, 192, 384, 768], **VIT},
 }
 WEIGHT_DECAY, BETAS, CLIP, WARMUP = 0.05, (0.9, 0.95), 1.0, 0.04  # warmup: share of the steps
-DEMO_TILES = 8192
 MAY_CHANGE = {"workers", "device", "data", "weights_dir", "save_every", "log_every", "stop_at"}  # on --resume
 
 
@@ -56,44 +51,41 @@ class Distiller(nn.Module):
         return nested_loss(self.student, self.student(images), targets)
 
 
-# ---- flags --------------------------------------------------------------------------------------------------------
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags over a resumed run's stored arguments over the defaults. InputError on what does not fit together."""
-    parser = OneLineParser("train.py", __doc__)
-    add, positive, offline = parser.add_argument, at_least(1), ",".join(OFFLINE)
+    parser = cli.OneLineParser("train.py", description=__doc__)
+    add, offline = parser.add_argument, ",".join(OFFLINE)
     of = {key: "default: " + ", ".join(f"{name} {d[key]}" for name, d in DEFAULTS.items()) for key in DEFAULTS["toy"]}
-    add("--teachers", type=name_list, help=f"comma-separated, of {', '.join(TEACHERS)} (default: {offline})")
+    add("--teachers", type=cli.name_list, help=f"comma-separated, of {', '.join(TEACHERS)} (default: {offline})")
     add("--student", choices=STUDENTS, help="(default: toy with offline teachers alone, otherwise vit_b)")
-    add("--dims", type=dim_list, help=f"nested dims; the student's width is always one ({of['dims']})")
-    add("--data", type=path, help="a folder tree of tiles (png, jpg, tif, bmp, webp); without it tissue is drawn")
-    add("--steps", type=positive, help=f"optimiser steps; fixes the schedule ({of['steps']})")
-    add("--stop-at", type=positive, help="stop after this step with a checkpoint; the schedule stays that of --steps")
-    add("--batch-size", type=positive, help=f"tiles in a step, over all processes ({of['batch_size']})")
-    add("--accumulate", type=positive, help="split a step into so many passes when memory is short (default: 1)")
+    add("--dims", type=cli.dim_list, help=f"nested dims; the student's width is always one ({of['dims']})")
+    add("--data", type=cli.path, help="a folder tree of tiles (png, jpg, tif, bmp, webp); without it tissue is drawn")
+    add("--steps", type=cli.positive, help=f"optimiser steps; fixes the schedule ({of['steps']})")
+    add("--stop-at", type=cli.positive, help="stop after this step with a checkpoint; --steps still fixes the schedule")
+    add("--batch-size", type=cli.positive, help=f"tiles in a step, over all processes ({of['batch_size']})")
+    add("--accumulate", type=cli.positive, help="split a step into so many passes when memory is short (default: 1)")
     add("--lr", type=float, help=f"peak rate; lower it if the loss is not finite ({of['lr']})")
-    add("--seed", type=at_least(0), help="of student, order of tiles and synthetic tissue (default: 0)")
-    add("--out", type=path, help="run folder (default: runs/demo, with published ones runs/TEACHERS-STUDENT)")
-    add("--resume", type=path, metavar="DIR", help="go on with this run; its arguments are restored")
-    add("--init", type=path, help="begin from a published teacher (vit_b: dinov2_b), a student.pt or weights file")
+    add("--seed", type=cli.natural, help="of student, order of tiles and synthetic tissue (default: 0)")
+    add("--out", type=cli.path, help="run folder (default: runs/demo, with published ones runs/TEACHERS-STUDENT)")
+    add("--resume", type=cli.path, metavar="DIR", help="go on with this run; its arguments are restored")
+    add("--init", type=cli.path, help="begin from a published teacher (vit_b: dinov2_b), a student.pt or weights file")
     add("--standardize", choices=["phi-s", "channel", "none"], help="of the targets (default: phi-s)")
-    add("--stats-tiles", type=at_least(2), help="for target statistics (default: 1024; published on a CPU: 64)")
-    add("--teacher-steps", type=positive, help="training of the offline teachers (default: 500)")
-    add("--teacher-seed", type=at_least(0), help="of the offline teachers (default: 0)")
-    add("--weights-dir", type=path, help="where weights are looked for, and offline teachers kept (default: weights)")
-    add("--workers", type=at_least(0), help="that read tiles; more if a GPU waits (default: 8 a GPU, 0 on a CPU)")
+    add("--stats-tiles", type=cli.plural, help="for target statistics (default: 1024; published on a CPU: 64)")
+    add("--teacher-steps", type=cli.positive, help="training of the offline teachers (default: 500)")
+    add("--teacher-seed", type=cli.natural, help="of the offline teachers (default: 0)")
+    add("--weights-dir", type=cli.path, help="where weights are looked for, offline teachers kept (default: weights)")
+    add("--workers", type=cli.natural, help="that read tiles; more if a GPU waits (default: 8 a GPU, 0 on a CPU)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="auto (default): bf16 or fp16 on CUDA, else fp32")
     add("--device", help="cuda, mps or cpu (default: the best at hand)")
     add("--compile", action="store_true", default=None, help="torch.compile student and loss; for long GPU runs")
-    add("--save-every", type=positive, help=f"steps between checkpoints ({of['save_every']})")
-    add("--log-every", type=positive, help="steps between log lines (default: 50)")
+    add("--save-every", type=cli.positive, help=f"steps between checkpoints ({of['save_every']})")
+    add("--log-every", type=cli.positive, help="steps between log lines (default: 50)")
     given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
 
     if folder := given.pop("resume", None):
-        if not (Path(folder) / "last.pt").exists():
-            raise InputError(f"--resume: {folder}/last.pt does not exist; give the folder of a run")
-        stored = read_weights(Path(folder) / "last.pt").get("args")
-        if not stored:
-            raise InputError(f"--resume: {folder}/last.pt is no checkpoint of train.py; give the folder of a run")
+        last = Path(folder) / "last.pt"
+        if not (stored := read_weights(last).get("args") if last.exists() else None):
+            raise InputError(f"--resume: {last} does not exist, or is no checkpoint of a run; give the folder of one")
         for key, value in given.items():
             value = sorted({*value, stored["dims"][-1]}) if key == "dims" else value
             if key not in MAY_CHANGE and value != stored.get(key):
@@ -124,36 +116,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return argparse.Namespace(**args)
 
 
-# ---- what a run is made of ----------------------------------------------------------------------------------------
 def parameter_groups(student: nn.Module) -> list[dict]:
     """No weight decay on biases, norms, LayerScale, tokens and position embeddings."""
-    decay, keep = [], []
+    groups = [{"params": [], "weight_decay": WEIGHT_DECAY}, {"params": [], "weight_decay": 0.0}]
     for name, p in student.named_parameters():
-        (keep if p.ndim < 2 or name.endswith(("cls_token", "reg_token", "pos_embed")) else decay).append(p)
-    return [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": keep, "weight_decay": 0.0}]
+        groups[p.ndim < 2 or name.endswith(("cls_token", "reg_token", "pos_embed"))]["params"].append(p)
+    return groups
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warmup, then a cosine to zero; step counts from 0."""
     warmup = max(1, round(WARMUP * steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak * ((step + 1) / warmup if step < warmup else cosine)
 
 
-def say(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # process 0 alone
-        print(message, flush=True)
-
-
-def count(module: nn.Module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.3f} M parameters"
-
-
-# ---- the run ------------------------------------------------------------------------------------------------------
 def train(args: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-    (device, dtype), out = choose_device(args.device, args.precision), Path(args.out)
+    (device, dtype), out = cli.choose_device(args.device, args.precision), Path(args.out)
+
+    def say(message: str) -> None:
+        if not rank:
+            print(message, flush=True)
+
     if args.batch_size % (world * args.accumulate):
         raise InputError(f"--batch-size: make it a multiple of {world * args.accumulate} (processes x --accumulate)")
     checkpoint = read_weights(out / "last.pt") if args.resume else None
@@ -170,7 +155,8 @@ def train(args: argparse.Namespace) -> None:
     teacher_dims = {name: TEACHERS[name].arch["width"] for name in args.teachers}
     student = Student(args.student, teacher_dims, args.dims).to(device)
     size, grid = student.backbone.img_size, student.backbone.grid
-    say(f"student {args.student}: {count(student.backbone)}, nested dims {args.dims}, on {device} in {dtype}")
+    text = f"{millions(student.backbone):.3f} M parameters, nested dims {args.dims}, on {device} in {dtype}"
+    say(f"student {args.student}: {text}")
     licences = checkpoint.get("licences", {}) if checkpoint else {}  # of all that binds the student: init and teachers
     if not checkpoint and args.init and not rank:  # DDP gives it to the others
         licences = load_init(student.backbone, args.init, args.weights_dir)
@@ -186,12 +172,13 @@ def train(args: argparse.Namespace) -> None:
     if rank:
         dist.barrier()  # process 0 goes first: it makes or fetches what the others then find
     find_weights(args.teachers, args.weights_dir)  # names every missing teacher at once
-    data.make_folder(out, "--out")
+    out.mkdir(parents=True, exist_ok=True)
     teachers = {name: load_teacher(name, args.weights_dir, device, dtype, **recipe) for name in args.teachers}
     if world > 1 and not rank:
         dist.barrier()
     for name, teacher in teachers.items():
-        say(f"teacher {name}: {count(teacher)}, width {teacher.dim}, grid {teacher.grid}; licence {teacher.licence}")
+        text = f"{millions(teacher):.3f} M parameters, width {teacher.dim}, grid {teacher.grid}"
+        say(f"teacher {name}: {text}; licence {teacher.licence}")
     licences |= {name: teacher.licence for name, teacher in teachers.items()}
     source = f"{len(tiles.files)} tiles of {args.data}" if args.data else f"synthetic tissue drawn at {size} px"
     say(f"{args.steps} steps of {args.batch_size} tiles over {world} process(es); {source}; run folder {out}")
@@ -202,10 +189,9 @@ def train(args: argparse.Namespace) -> None:
     # The demo goes over few tiles many times, so its teachers run once on each. Otherwise they run in every step.
     demo = not args.data and args.student == "toy"
     if demo:
-        images = tiles.draw(min(DEMO_TILES, args.steps * args.batch_size))["image"]
+        images = tiles.draw(min(8192, args.steps * args.batch_size))["image"]
         tiles = data.CachedTiles(images, teach, args.seed)
     workers = args.workers if args.workers is not None else 8 if device.type == "cuda" and not demo else 0
-    skipped = data.Skipped(len(tiles.files) if args.data else 1)
 
     def outputs_of(batch: dict) -> dict[str, dict[str, Tensor]]:
         outputs = batch.get("outputs") or teach(batch["image"])
@@ -216,9 +202,8 @@ def train(args: argparse.Namespace) -> None:
         load_strictly(standardizers, checkpoint["standardizers"], f"{out}/last.pt")
     elif not rank:
         n = args.stats_tiles or (64 if device.type == "cpu" and not set(args.teachers) <= set(OFFLINE) else 1024)
-        loader = data.batches(tiles, range(n), min(n, args.batch_size), workers)
-        raw = (outputs_of(skipped.check(batch)) for batch in loader)
-        standardizers.measure(progress(raw, "target statistics", len(loader)))
+        read = data.batches(tiles, range(n), min(n, args.batch_size), workers, label="target statistics")
+        standardizers.measure(outputs_of(batch) for batch in read)
     if world > 1:
         for buffer in standardizers.buffers():
             dist.broadcast(buffer, 0)
@@ -249,7 +234,7 @@ def train(args: argparse.Namespace) -> None:
         save(0)  # a run can be resumed from its first moment, with the same targets
     ks = range(start * args.batch_size + rank, stop * args.batch_size, world)
     micro_batch = args.batch_size // (world * args.accumulate)
-    loader = iter(data.batches(tiles, ks, micro_batch, workers, pin=device.type == "cuda"))
+    loader = data.batches(tiles, ks, micro_batch, workers, pin=device.type == "cuda")
     logged, logged_at = start, (began := time.monotonic())
     for step in range(start, stop):
         lr = learning_rate(step, args.steps, args.lr)
@@ -258,7 +243,7 @@ def train(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         total = torch.zeros((), device=device)
         for micro in range(args.accumulate):
-            batch = skipped.check(next(loader))
+            batch = next(loader)
             targets = standardizers(outputs_of(batch))  # float32
             reduce = world == 1 or micro == args.accumulate - 1  # gradients meet once a step
             with contextlib.nullcontext() if reduce else model.no_sync():
@@ -279,44 +264,31 @@ def train(args: argparse.Namespace) -> None:
         scaler.update()
         done = step + 1
         if not rank and (done % args.log_every == 0 or done == stop):
-            now = time.monotonic()
+            now, text, terms, ends = time.monotonic(), "", {}, (args.dims[-1], args.dims[0])
+            for t in args.teachers:  # terms at the largest/smallest dim, of this process's last batch
+                text += f"  {t}"
+                for key in parts[ends[0]][t]:
+                    large, small = (parts[m][t][key].item() for m in ends)
+                    terms[f"{t}/{key}"] = {ends[0]: large, ends[1]: small}
+                    text += f" {key[:-4]} {large:.2f}/{small:.2f}" if key.endswith("_cos") else ""
             rate = (done - logged) * args.batch_size / (now - logged_at)
             eta = (stop - done) * (now - began) / (done - start)
-            logged, logged_at = done, now
-            log(args, done, total.item(), lr, rate, eta, parts)
+            logged, logged_at, loss = done, now, total.item()
+            line = {"step": done, "loss": loss, "lr": lr, "tiles_per_s": rate, "terms": terms}
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            say(f"step {done}/{args.steps}  loss {loss:.3f}{text}  lr {lr:.1e}  {rate:.3g} tiles/s  ETA {eta:.0f} s")
         if not rank and (done % args.save_every == 0 or done == stop):
             save(done)
 
     if stop < args.steps:
         say(f"stopped after step {stop} of {args.steps}; go on with: python train.py --resume {out}")
     elif not rank:
-        finish(out, student.eval(), teachers if demo else {}, args.seed)
-
-
-def log(args: argparse.Namespace, done: int, loss: float, lr: float, rate: float, eta: float, parts: dict) -> None:
-    """One line on screen, one in log.jsonl: terms at the largest/smallest dim, of process 0's last batch."""
-    terms, text = {}, ""
-    for t in args.teachers:
-        text += f"  {t}"
-        for key in parts[args.dims[0]][t]:
-            large, small = (parts[m][t][key].item() for m in (args.dims[-1], args.dims[0]))
-            terms[f"{t}/{key}"] = {args.dims[-1]: large, args.dims[0]: small}
-            text += f" {key[:-4]} {large:.2f}/{small:.2f}" if key.endswith("_cos") else ""
-    with open(Path(args.out) / "log.jsonl", "a") as file:
-        file.write(json.dumps({"step": done, "loss": loss, "lr": lr, "tiles_per_s": rate, "terms": terms}) + "\n")
-    say(f"step {done}/{args.steps}  loss {loss:.3f}{text}  lr {lr:.1e}  {rate:.3g} tiles/s  ETA {eta:.0f} s")
-
-
-def finish(out: Path, student: Student, teachers: dict, seed: int) -> None:
-    """The demo's table, and what to try next."""
-    if teachers:
-        models = {f"teacher {name}": (teacher, [teacher.embed_dim]) for name, teacher in teachers.items()}
-        rows = evaluate.report({**models, "student": (student, student.nested_dims)}, [out], None, seed)
-        smaller = 100 - 100 * rows[-1]["parameters"] / min(row["parameters"] for row in rows[: len(teachers)])
-        print(f"\nThe student is at least {smaller:.1f} % smaller than each of its teachers.")
-    print(f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out} --data labelled/")
-    if teachers:
-        print("  python train.py --data tiles/ --out runs/tiles             the same teachers on your own tiles")
+        if demo:  # its table
+            models = {f"teacher {name}": (teacher, [teacher.embed_dim]) for name, teacher in teachers.items()}
+            models["student"] = (student.eval(), student.nested_dims)
+            evaluate.report(models, [out], None, args.seed, ["knn"])
+        print(f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out} --data labelled/")
 
 
 def main() -> None:
@@ -326,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    cli.run_main(main)

@@ -20,8 +20,7 @@ import cards
 import torch
 from conftest import ROOT, randomise
 
-from evaluate import choose_device
-from teachers import TEACHERS, load_teacher
+from teachers import TEACHERS, choose_device, load_teacher
 
 LOAD = """
 import dataclasses, sys, threading, time

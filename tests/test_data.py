@@ -1,5 +1,6 @@
 """Sample k is a function of (seed, k) alone; tiles are read as Pillow reads them; unreadable ones are counted."""
 
+import hashlib
 import io
 
 import numpy as np
@@ -9,7 +10,16 @@ from conftest import write_tiles
 from PIL import Image
 
 import data
-from data import CachedTiles, FolderTiles, InputError, LabelledTiles, Skipped, TissueTiles, batches, draw_tissue
+from data import (
+    CachedTiles,
+    CentreTiles,
+    FolderTiles,
+    InputError,
+    TissueTiles,
+    batches,
+    draw_tissue,
+    labelled_files,
+)
 
 
 def samples(dataset, ks, workers=0, batch_size=4):
@@ -33,7 +43,7 @@ def test_another_seed_gives_another_order_and_another_view(tmp_path):
 
 
 def test_every_tile_once_an_epoch_in_an_order_of_its_own():
-    orders = [[data.tile_index(5, k, 7) for k in range(7 * e, 7 * e + 7)] for e in range(6)]
+    orders = [[data.epoch_order(5, k // 7, 7)[k % 7] for k in range(7 * e, 7 * e + 7)] for e in range(6)]
     assert all(sorted(order) == list(range(7)) for order in orders)
     assert len({tuple(order) for order in orders}) > 3
 
@@ -133,11 +143,9 @@ def test_unreadable_tiles_are_replaced_by_k_alone_named_once_and_counted(tmp_pat
     write_tiles(tmp_path, 397)
     for name, content in broken_files().items():
         (tmp_path / name).write_bytes(content)
-    dataset, skipped = FolderTiles(tmp_path, 64, 0), Skipped(400)
-    straight = []
-    for batch in batches(dataset, range(800), 8):
-        straight.append(skipped.check(batch)["image"])
-    assert {path.rsplit("/")[-1] for path in skipped.paths} == set(broken_files())
+    dataset = FolderTiles(tmp_path, 64, 0)
+    straight = [batch["image"] for batch in batches(dataset, range(800), 8)]
+    assert {path.rsplit("/")[-1] for path in dataset.unreadable} == set(broken_files())
     warnings = capsys.readouterr().err.strip().splitlines()
     assert len(warnings) == 3 and all(sum(name in line for line in warnings) == 1 for name in broken_files())
     assert torch.equal(torch.cat(straight)[101:160], samples(dataset, range(101, 160), workers=2))
@@ -147,21 +155,19 @@ def test_unreadable_tiles_are_replaced_by_k_alone_named_once_and_counted(tmp_pat
 def test_more_than_one_per_cent_unreadable_ends_the_run(tmp_path):
     write_tiles(tmp_path, 50)
     (tmp_path / "broken.png").write_bytes(b"")
-    skipped = Skipped(51)
-    with pytest.raises(InputError, match=r"--data: over 1 % of 51 tiles are unreadable: .*broken\.png"):
-        for batch in batches(FolderTiles(tmp_path, 64, 0), range(51), 8):
-            skipped.check(batch)
+    with pytest.raises(InputError, match=rf"{tmp_path}: over 1 % of 51 tiles are unreadable: .*broken\.png"):
+        list(batches(FolderTiles(tmp_path, 64, 0), range(51), 8))
 
 
 def test_a_folder_of_nothing_but_broken_tiles_does_not_hang(tmp_path):
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(b"broken")
     with pytest.raises(InputError, match="unreadable"):
-        Skipped(5).check(next(iter(batches(FolderTiles(tmp_path, 64, 0), range(2), 2))))
+        next(batches(FolderTiles(tmp_path, 64, 0), range(2), 2))
 
 
 def test_empty_and_missing_folders(tmp_path):
-    with pytest.raises(InputError, match=f"--data: no images .* in {tmp_path}"):
+    with pytest.raises(InputError, match=f"--data: {tmp_path} has no images "):
         FolderTiles(tmp_path, 64, 0)
     with pytest.raises(InputError, match="--data: .*nowhere is not a folder"):
         FolderTiles(tmp_path / "nowhere", 64, 0)
@@ -175,25 +181,318 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
     assert data.list_tiles(tmp_path / "tiles") == [f"linked/tile_00{i}.png" for i in range(3)]
 
 
-def test_labelled_folders(tmp_path):
-    for split, classes in (("train", "ab"), ("test", "ba")):
+# ---- labelled folders ----------------------------------------------------------------------------------------------
+def as_pairs(root, kind="class"):
+    """What labelled_files finds, unmixed: {split: [(file, class number or mask), ...] sorted}."""
+    return {split: sorted(zip(files, targets[kind])) for split, (files, targets) in labelled_files(str(root)).items()}
+
+
+def refused(root):
+    """The one line with which a labelled folder is refused."""
+    with pytest.raises(InputError) as error:
+        labelled_files(str(root))
+    line = str(error.value)
+    assert line.startswith("--data: ") and "\n" not in line and str(root) in line
+    return line
+
+
+def test_class_folders(tmp_path):
+    for split, classes in (("train", "cab"), ("test", "bc")):  # test lacks a class of train
         for name in classes:
             write_tiles(tmp_path / split / name / "patient", 2, (100, 70))
-    train = LabelledTiles(tmp_path, "train", 64)
-    assert (train.classes, len(train.files)) == (["a", "b"], 4)
-    assert train.labels.tolist() == [0, 0, 1, 1] and [train[k]["index"] for k in range(4)] == [0, 1, 2, 3]
-    assert train[0]["image"].shape == (3, 64, 64)
-    write_tiles(tmp_path / "test" / "c", 1)
-    with pytest.raises(InputError, match="none of the classes of train/"):
-        LabelledTiles(tmp_path, "test", 64, train.classes)
-    with pytest.raises(InputError, match="val is missing"):
-        LabelledTiles(tmp_path, "val", 64)
+    found = as_pairs(tmp_path)
+    tiles = {name: [f"{name}/patient/tile_{i:03d}.png" for i in range(2)] for name in "abc"}
+    assert found["train"] == [(f"train/{file}", n) for n, name in enumerate("abc") for file in tiles[name]]
+    assert found["test"] == [(f"test/{file}", n) for n, name in ((1, "b"), (2, "c")) for file in tiles[name]]
+    files, targets = labelled_files(str(tmp_path))["train"]
+    dataset = CentreTiles(tmp_path, 64, files, targets)
+    assert len(dataset) == 6 and [dataset[k]["index"] for k in range(6)] == list(range(6))
+    for k in range(6):  # every tile with the class of its own folder
+        assert "abc"[dataset[k]["class"]] == dataset.files[k].split("/")[1] and not dataset[k]["skipped"]
+        assert dataset[k]["image"].shape == (3, 64, 64)
+
+
+def test_the_order_of_labelled_files_is_mixed_and_fixed(tmp_path):
+    for split in ("train", "test"):
+        for name in "ab":
+            write_tiles(tmp_path / split / name, 20, (8, 8))
+    first, second = labelled_files(str(tmp_path)), labelled_files(str(tmp_path))
+    assert first == second
+    classes = first["train"][1]["class"]
+    assert sorted(classes) == [0] * 20 + [1] * 20 and classes != sorted(classes)
+
+
+def test_nct_crc_he_as_it_is_unpacked(tmp_path):
+    for folder, n in (("NCT-CRC-HE-100K", 3), ("CRC-VAL-HE-7K", 2)):
+        for name in ("TUM", "ADI"):
+            write_tiles(tmp_path / folder / name, n, (224, 224), suffix="tif")
+    found = as_pairs(tmp_path)
+    assert found["train"] == [
+        (f"NCT-CRC-HE-100K/{name}/tile_{i:03d}.tif", n) for n, name in enumerate(("ADI", "TUM")) for i in range(3)
+    ]
+    assert [n for _, n in found["test"]] == [0, 0, 1, 1] and found["test"][0][0] == "CRC-VAL-HE-7K/ADI/tile_000.tif"
+    (tmp_path / "NCT-CRC-HE-100K").rename(tmp_path / "NCT-CRC-HE-100K-NONORM")
+    assert as_pairs(tmp_path)["train"][0][0] == "NCT-CRC-HE-100K-NONORM/ADI/tile_000.tif"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # with the mark that spreadsheets put in front
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_labels_csv(tmp_path, encoding, end):
+    rows = ["split,id,label,path", 'train,1,tumour,"odd, names/a.png"', "train,2,stroma,b.png", "val,3,mucus,c.png"]
+    rows += ['test,4,"tumour","odd, names/é.png"', "test,5,stroma,b.png", ",6,tumour,d.png", "train,7,tumour,gone.png"]
+    (tmp_path / "labels.csv").write_bytes(end.join([*rows, ""]).encode(encoding))
+    found = as_pairs(tmp_path)
+    assert found["train"] == [("b.png", 0), ("gone.png", 1), ("odd, names/a.png", 1)]  # mucus is of val alone
+    assert found["test"] == [("b.png", 0), ("odd, names/é.png", 1)]
+    write_tiles(tmp_path, 1)[0].rename(tmp_path / "b.png")
+    files, targets = labelled_files(str(tmp_path))["train"]
+    dataset = CentreTiles(tmp_path, 64, files, targets)
+    missing = {dataset.files[k]: dataset[k]["skipped"] for k in range(3)}
+    assert missing == {name: str(tmp_path / name) for name in ("gone.png", "odd, names/a.png")} | {"b.png": ""}
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("", "has no tiles for train; a labelled folder holds"),
+        ("path,label,split\n", "has no tiles for train; a labelled folder holds"),
+        ("path,label\na.png,x\n", "has no tiles for train; a labelled folder holds"),
+        ("path;label;split\na.png;x;train\n", "has no tiles for train; a labelled folder holds"),
+        ("path,label,split\na.png,x,train\n", "no tiles for test"),
+        ("path,label,split\na.png,x,test\n", "no tiles for train"),
+        ("path,label,split\na.png,x,val\n", "no tiles for train"),
+        ("path,label,split\na.png,x,train\nb.png,y,test\n", "b.png is in none of the classes of train"),
+        ("path,label,split\na.png,,train\nb.png,x,test\nc.png,x,train\n", "a.png"),
+        ("path,label,split\na.png,x,train\nb.png\nc.png,y,test\n", "c.png"),
+    ],
+)
+def test_unfit_labels_csv_is_refused_in_one_line(tmp_path, table, expected):
+    (tmp_path / "labels.csv").write_text(table)
+    assert expected in refused(tmp_path)
+
+
+def test_a_quote_that_labels_csv_never_closes_is_refused_in_one_line(tmp_path):
+    """The rest of the file becomes one field, longer than Python's csv takes."""
+    (tmp_path / "labels.csv").write_text('path,label,split\na.png,"x,train\n' + "b.png,x,test\n" * 12_000)
+    assert "labels.csv" in refused(tmp_path)
+
+
+def test_unfit_class_folders_are_refused_in_one_line(tmp_path):
+    write_tiles(tmp_path / "train" / "a", 2)
+    line = refused(tmp_path)
+    assert f"{tmp_path} has no tiles for test" in line and "labels.csv" in line and "masks" in line
+    (tmp_path / "test").mkdir()
+    assert f"{tmp_path / 'test'} has no images (.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp)" in refused(tmp_path)
+    write_tiles(tmp_path / "test" / "b", 1)
+    assert "test/b/tile_000.png is in none of the classes of train" in refused(tmp_path)
+    (tmp_path / "test" / "b").rename(tmp_path / "test" / "a")
+    assert len(as_pairs(tmp_path)["test"]) == 1
+    write_tiles(tmp_path / "train", 1)
+    assert "train/tile_000.png is in none of the classes" in refused(tmp_path)
+    assert "nowhere" in refused(tmp_path / "nowhere")
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+def write_masks(root, n, size=(64, 64), first=0):
+    """Tiles of noise, each with a mask filled with its own number."""
+    (root / "masks").mkdir(parents=True)
+    for i, path in enumerate(write_tiles(root / "images", n, size)):
+        Image.new("L", size, first + i).save(root / "masks" / path.name)
+
+
+def test_masks_at_the_top_leave_the_last_fifth_for_testing(tmp_path):
+    write_masks(tmp_path, 11)
+    found = labelled_files(str(tmp_path))
+    assert {split: len(files) for split, (files, _) in found.items()} == {"train": 9, "test": 2}
+    names = sorted(file.rsplit("/", 1)[1] for file in found["test"][0])
+    assert names == ["tile_009.png", "tile_010.png"]
+    for files, targets in found.values():
+        dataset = CentreTiles(tmp_path, 64, files, targets)
+        for k in range(len(dataset)):
+            number = int(files[k][-7:-4])
+            assert (dataset[k]["mask"] == number).all() and dataset[k]["mask"].shape == (64, 64)
+            assert not dataset[k]["skipped"]
+
+
+def test_masks_below_train_and_test_and_of_another_suffix(tmp_path):
+    for split, first in (("train", 0), ("test", 100)):
+        write_masks(tmp_path / split, 3, first=first)
+        for path in (tmp_path / split / "images").iterdir():  # as often: JPEG tiles, PNG masks, a folder a slide
+            (path.parent / "slide").mkdir(exist_ok=True)
+            Image.open(path).save(path.parent / "slide" / f"{path.stem}.jpg")
+            path.unlink()
+        for path in list((tmp_path / split / "masks").iterdir()):
+            (path.parent / "slide").mkdir(exist_ok=True)
+            path.rename(path.parent / "slide" / path.name)
+    for split, first in (("train", 0), ("test", 100)):
+        files, targets = labelled_files(str(tmp_path))[split]
+        dataset = CentreTiles(tmp_path, 64, files, targets)
+        assert len(dataset) == 3
+        for k in range(3):
+            assert (dataset[k]["mask"] == first + int(files[k][-7:-4])).all() and not dataset[k]["skipped"]
+
+
+@pytest.mark.parametrize("gap", ["images", "masks", "test"])
+def test_unfit_mask_folders_are_refused_in_one_line(tmp_path, gap):
+    write_masks(tmp_path / "train", 3)
+    if gap != "test":
+        write_masks(tmp_path / "test", 3)
+        for path in (tmp_path / "test" / gap).iterdir():
+            path.unlink()
+    assert str(tmp_path) in refused(tmp_path)
+
+
+def test_one_tile_cannot_be_both_trained_and_tested_on(tmp_path):
+    write_masks(tmp_path, 1)
+    assert "no tiles for train" in refused(tmp_path)
+
+
+def mask_item(root, tile, mask, size=64):
+    return CentreTiles(root, size, [tile], {"mask": [mask]})[0]
+
+
+def numbers(size=(64, 64)):
+    """Class numbers 0, 1, 2 in blocks, none of them symmetrical."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    return ((y // 8 + 2 * (x // 16)) % 3).astype(np.uint8)
+
+
+def test_kinds_of_masks(tmp_path):
+    write_tiles(tmp_path, 1, (64, 64))
+    values = numbers()
+    palette = Image.fromarray(values).convert("P")
+    palette = Image.fromarray(values, "L")
+    palette.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200])  # mode P: colours on screen, numbers in the file
+    binary = Image.fromarray(values * 100).convert("L").point(lambda v: 255 * (v > 50))
+    kinds = {
+        "grey.png": (Image.fromarray(values), values),
+        "grey.tif": (Image.fromarray(values), values),
+        "grey.bmp": (Image.fromarray(values), values),
+        "palette.png": (palette, values),
+        "one_bit.png": (binary.convert("1"), values > 0),
+        "one_bit.tif": (binary.convert("1"), values > 0),
+        "0_255.png": (binary, 255 * (values > 0)),
+        "grey_rgb.png": (Image.fromarray(values).convert("RGB"), values),
+        "grey_rgba.png": (Image.fromarray(values).convert("RGBA"), values),
+        "16_bit.png": (Image.fromarray(values.astype(np.uint16)), values),
+        "jpeg.jpg": (binary, values > 0),
+        "jpeg_rgb.jpg": (binary.convert("RGB"), values > 0),
+    }
+    assert palette.mode == "P" and kinds["one_bit.png"][0].mode == "1"
+    for name, (image, expected) in kinds.items():
+        image.save(tmp_path / name, **({"quality": 60} if "jpeg" in name else {}))
+        item = mask_item(tmp_path, "tile_000.png", name)
+        assert item["skipped"] == "", name
+        assert np.array_equal(item["mask"].numpy(), expected.astype(np.uint8)), name
+
+
+def test_unfit_masks_are_skipped_by_name(tmp_path):
+    write_tiles(tmp_path, 1, (64, 64))
+    values = numbers()
+    Image.fromarray(np.stack([values * 50, values, values], -1)).save(tmp_path / "coloured.png")
+    Image.fromarray(values.astype(np.uint16) * 300).save(tmp_path / "16_bit.png")
+    Image.fromarray(numbers((64, 80))).save(tmp_path / "higher.png")
+    Image.fromarray(numbers((128, 128))).save(tmp_path / "twice.png")
+    (tmp_path / "text.png").write_text("no mask")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("coloured", "16_bit", "higher", "twice", "text", "empty", "missing"):
+        item = mask_item(tmp_path, "tile_000.png", f"{name}.png")
+        assert item["skipped"] == str(tmp_path / f"{name}.png")
+        assert item["mask"].shape == (64, 64) and item["image"].shape == (3, 64, 64)  # so that a batch can be stacked
+    Image.fromarray(values).save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    assert mask_item(tmp_path, "broken.png", "good.png")["skipped"] == str(tmp_path / "broken.png")
+    with pytest.raises(InputError, match="over 1 % of 1 tiles are unreadable: .*coloured.png"):
+        list(batches(CentreTiles(tmp_path, 64, ["tile_000.png"], {"mask": ["coloured.png"]}), range(1), 1))
+
+
+def test_a_mask_without_a_name_of_its_own_is_skipped_by_name(tmp_path):
+    write_masks(tmp_path, 10)
+    (tmp_path / "masks" / "tile_004.png").unlink()
+    files, targets = labelled_files(str(tmp_path))["train"]
+    dataset = CentreTiles(tmp_path, 64, files, targets)
+    skipped = [dataset[k]["skipped"] for k in range(len(dataset)) if dataset[k]["skipped"]]
+    assert len(skipped) == 1 and skipped[0].endswith("masks/tile_004.png")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (64, 90), (81, 64)])
+def test_a_mask_is_cut_exactly_as_its_tile(tmp_path, size):
+    """Where nothing has to be resized: a tile whose pixels are its mask."""
+    values = np.random.default_rng(0).integers(0, 256, size[::-1], dtype=np.uint8)
+    Image.fromarray(values).convert("RGB").save(tmp_path / "tile.png")
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    item = mask_item(tmp_path, "tile.png", "mask.png")
+    assert item["mask"].dtype == torch.uint8 and item["mask"].shape == (64, 64)
+    assert all(torch.equal(item["mask"], channel) for channel in item["image"])
+    assert item["mask"].unique().numel() > 200
+
+
+@pytest.mark.parametrize("size", [(256, 128), (200, 320), (48, 30), (97, 71)])
+def test_a_resized_mask_stays_under_its_tile(tmp_path, size):
+    """Light where the mask is 7, dark where it is 2: the same edges, to the pixel that a resize may blur."""
+    y, x = (np.mgrid[: size[1], : size[0]] - np.array(size[::-1])[:, None, None] / 2) / min(size)  # 0 at the centre
+    values = np.where(np.hypot(x + 0.2, y - 0.05) < 0.35, 7, 2).astype(np.uint8)
+    Image.fromarray((values > 4).astype(np.uint8) * 255).convert("RGB").save(tmp_path / "tile.png")
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    item = mask_item(tmp_path, "tile.png", "mask.png")
+    assert item["mask"].unique().tolist() == [2, 7]  # class numbers are never mixed
+    light, labelled = item["image"][0] > 127, item["mask"] == 7
+    assert 0.1 < labelled.float().mean() < 0.9
+    assert (light != labelled).float().mean() < 0.02
+    for shift in ((0, 2), (2, 0), (0, -2), (-2, 0)):
+        assert (light.roll(shift, (0, 1)) != labelled).float().mean() > 0.02
+
+
+# ---- synthetic tissue ----------------------------------------------------------------------------------------------
+PINNED = {  # sha256 of the pixels, of the tiles as they were before nuclei were given out; with its cells and tissue
+    ("teacher", 0, 0, 64): ("88b6415917486b718c4217e9d4dde0aa392841cdd5920e6a172c3b282e612ab6", 5, 3),
+    ("distil", 3, 5, 64): ("95dca38194ea484c6c485bbb7466bfdd1cbbdeb5b99a6337d0c93e9d90b2eb62", 5, 3),
+    ("bank", 0, 17, 64): ("8b43cd17d7e9a5dadd1e04d6d97909390a36ec00df3a0a14e9dd9a778ca507be", 0, 1),
+    ("test", 1, 2, 64): ("5d8d03a875f96e253b0f71ebe7fc37e9f5ea681aacc6bb9a3c93e8ef3e4ea139", 4, 2),
+    ("test", 0, 9, 48): ("518d4fe0bff32286a3420c93ad8351dd2a0c22d0aaf9e24ba380808098ef86c2", 2, 4),
+    ("bank", 2, 4, 224): ("007da70fc8673292d9c953c14b12e3830b07d951b38845996461cfb51df20ac3", 2, 4),
+}
+
+
+@pytest.mark.parametrize("key", PINNED)
+def test_tiles_of_this_tissue_version_never_change(key):
+    """Else offline teachers, caches and results of before would silently mean other tiles: raise TISSUE_VERSION."""
+    image, cells, tissue, _ = draw_tissue(*key)
+    assert (cells, tissue) == PINNED[key][1:]
+    assert hashlib.sha256(image.tobytes()).hexdigest() == PINNED[key][0]
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_nuclei_are_where_the_tile_is_dark(size):
+    """Haematoxylin takes red light: in every tile nuclei are darker in red than the rest, and never fill it."""
+    tiles = [draw_tissue("bank", 0, k, size) for k in range(40)]
+    for image, cells, _, nuclei in tiles:
+        assert nuclei.dtype == np.uint8 and nuclei.shape == (size, size) and set(np.unique(nuclei)) == {0, 1}
+        red, inside = image[..., 0].astype(float), nuclei == 1
+        assert red[inside].mean() < red[~inside].mean() - 15, cells
+        assert 0.02 < inside.mean() < 0.7
+        darkest = red <= np.quantile(red, 0.05)
+        assert inside[darkest].mean() > 0.8  # next to nothing dark lies outside
+    assert 0.05 < np.mean([nuclei.mean() for *_, nuclei in tiles]) < 0.4
+    # a nucleus is a piece, not pixels strewn about: a neighbour of a nuclear pixel mostly is one too
+    pairs = [(nuclei[:, 1:][nuclei[:, :-1] == 1]).mean() for *_, nuclei in tiles]
+    assert min(pairs) > 0.5
+
+
+def test_nuclei_travel_with_their_tile():
+    tiles = TissueTiles("test", 0, 32)
+    drawn = tiles.draw(5)
+    for k in range(5):
+        image, cells, tissue, nuclei = draw_tissue("test", 0, k, 32)
+        assert np.array_equal(tiles[k]["nuclei"], nuclei) and np.array_equal(drawn["nuclei"][k], nuclei)
+        assert np.array_equal(drawn["image"][k].permute(1, 2, 0), image)
+        assert (drawn["cells"][k], drawn["tissue"][k]) == (cells, tissue)
 
 
 def test_streams_of_tissue_do_not_leak_and_labels_are_independent():
     tiles = {(s, seed): draw_tissue(s, seed, 0)[0].tobytes() for s in data.STREAMS for seed in (0, 1)}
     assert len(set(tiles.values())) == len(tiles)
-    labels = np.array([draw_tissue("test", 0, k, size=16)[1:] for k in range(1800)])
+    labels = np.array([draw_tissue("test", 0, k, size=16)[1:3] for k in range(1800)])
     joint = np.histogram2d(*labels.T, bins=6)[0]
     expected = len(labels) / 36  # chi-square with 35 degrees of freedom: 66.6 is its 99.9 % point
     assert ((joint - expected) ** 2 / expected).sum() < 66.6
@@ -208,7 +507,9 @@ def test_tissue_looks_like_he(size):
     assert tiles.std((1, 2)).min() > 5  # none is blank
 
 
-def test_progress_prints_eta(capsys):
-    assert list(data.progress(range(3), "counting", 3, every=0)) == [0, 1, 2]
+def test_progress_prints_eta(capsys, monkeypatch):
+    clock = iter(range(0, 100, 6))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))  # six seconds an item
+    assert list(data.progress(range(3), "counting", 3)) == [0, 1, 2]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and "counting: 1/3" in lines[0] and "ETA" in lines[0]

@@ -18,7 +18,6 @@ from conftest import ROOT, oracle, write_tiles
 from PIL import Image
 from torchvision import transforms
 
-import evaluate
 import teachers
 from data import InputError
 from student import VisionTransformer, fit_positions, load_published, read_weights, timm_state
@@ -297,7 +296,7 @@ def test_tiles_that_no_teacher_can_take(weights_dir):
     teacher = load_teacher("toy_cells", weights_dir, steps=2)
     with pytest.raises(ValueError, match="not square"):
         teacher(torch.rand(1, 3, 64, 80))
-    with pytest.raises(InputError, match="100 x 15 px is too small for toy_cells; give tiles of 16 px or more"):
+    with pytest.raises(InputError, match="100 x 15 px is too small for toy_cells; give 16 px or more"):
         teacher.embed(torch.rand(1, 3, 15, 100))
     assert teacher.embed(torch.rand(1, 3, 16, 100)).shape == (1, 128)
 
@@ -543,7 +542,7 @@ def test_trying_a_teacher_on_a_tile(tmp_path, monkeypatch, capsys):
         (["kaiko_s16"], "TILE: give an image"),
         (["kaiko_s16", "text.png"], "text.png does not exist, or cannot be read"),
         (["kaiko_s16", "none.png"], "none.png does not exist, or cannot be read"),
-        (["kaiko_s16", tiny], "55 x 300 px is too small for kaiko_s16; give tiles of 56 px or more"),
+        (["kaiko_s16", tiny], "55 x 300 px is too small for kaiko_s16; give 56 px or more"),
         (["lunit_s16", tile], "weights/lunit_s16.bin is refused"),
         (
             ["uni", tile],
@@ -555,6 +554,6 @@ def test_trying_a_teacher_on_a_tile(tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.setattr(sys, "argv", ["teachers.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            evaluate.run_main(teachers.main)
+            teachers.run_main(teachers.main)
         lines = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and len(lines) == 1 and message in lines[0], (arguments, lines)
