@@ -176,7 +176,7 @@ def batches(tiles: Dataset, ks: range, batch_size: int, workers=0, pin=False, la
                 tiles.unreadable.append(path)
                 print(f"warning: skipped unreadable tile {path!r} ({len(tiles.unreadable)} so far)", file=sys.stderr)
             if len(tiles.unreadable) > len(tiles.files) / 100:
-                some = f"{', '.join(tiles.unreadable[:3])}; mend or remove them"
+                some = f"{', '.join(tiles.unreadable[:3])}; mend or remove them (a mask: one channel, its tile's size)"
                 raise InputError(f"{tiles.root}: over 1 % of {len(tiles.files)} tiles are unreadable: {some}")
         yield batch
 
@@ -291,7 +291,7 @@ class CentreTiles(Dataset):
         return item | {"image": centre_view(image, self.size)}
 
 
-LABELLED = "train/CLASS/* and test/CLASS/*, labels.csv (path, label, split: train or test), or images/* and masks/*"
+LABELLED = "train/CLASS/* and test/CLASS/*, labels.csv (columns path, label, split), or images/* and masks/*"
 SPLITS = {"train": ("train", "NCT-CRC-HE-100K", "NCT-CRC-HE-100K-NONORM"), "test": ("test", "CRC-VAL-HE-7K")}
 
 

@@ -186,10 +186,11 @@ def table(rows: list[dict], label: str) -> str:
     """Aligned text, in per cent: a line for each model and dim, a column for each task and metric."""
     columns = [(task, metric) for task, scores in rows[0]["scores"][label].items() for metric in scores]
     first = {task: metric for task, metric in reversed(columns)}  # of each task's columns
-    width = max(24, *(len(row["model"]) for row in rows)) + 2
+    width = max(34, *(len(row["model"]) for row in rows)) + 2
     tasks = "".join(f"{task if first[task] == metric else '':>10}" for task, metric in columns)
     metrics = "".join(f"{metric.removesuffix('_accuracy'):>10}" for _, metric in columns)
-    lines = [f"{label + ', %':{width + 16}}{tasks}".rstrip(), f"{'model':{width}}parameters   dim{metrics}"]
+    head = f"{label}, %, {rows[0]['n']['train']} tiles to learn from, {rows[0]['n']['test']} to test"
+    lines = [f"{head:{width + 16}}{tasks}", f"{'model':{width}}parameters   dim{metrics}"]
     for row in rows:
         values = "".join(f"{100 * row['scores'][label][task][metric]:>10.1f}" for task, metric in columns)
         lines.append(f"{row['model']:{width}}{row['parameters'] / 1e6:>8.3f} M{row['dim']:>6}{values}")
@@ -221,11 +222,12 @@ def report(models: dict, runs: list[Path], root: str | None, seed: int, tasks=tu
     for folder in folders:
         file = folder / "results.json"
         try:
-            results = json.loads(file.read_text()) if file.exists() else {}
-            results = json.dumps({**results, title: result | {"rows": rows}}, indent=1).encode()
+            earlier = json.loads(file.read_text()) if file.exists() else {}
+            results = json.dumps({**earlier, title: result | {"rows": rows}}, indent=1).encode()
         except (TypeError, ValueError) as error:
             raise InputError(f"{file} cannot be read: {error}; move it") from None
         data.save_atomically(results, file, lambda content, out: out.write(content))
+        print(f"{file} and pictures beside it: {title}{', instead of its earlier rows' if title in earlier else ''}")
         draw_curves(rows, folder / "log.jsonl", folder / f"curves-{name}.png")
     return rows
 

@@ -288,7 +288,7 @@ def train(args: argparse.Namespace) -> None:
             models = {f"teacher {name}": (teacher, [teacher.embed_dim]) for name, teacher in teachers.items()}
             models["student"] = (student.eval(), student.nested_dims)
             evaluate.report(models, [out], None, args.seed, ["knn"])
-        print(f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out} --data labelled/")
+        print(f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out} [--data labelled/]")
 
 
 def main() -> None:
