@@ -6,7 +6,8 @@ Place in the data flow:  data.py -> [ student.py ] and teachers.py -> losses.py 
     h_{t,m} = adaptor head of teacher t at m     Linear(m, D), LayerNorm, GELU, Linear(D, D_t)
 with one head for the summary and one for the patches. `VisionTransformer` serves students and teachers; its parameters
 have timm's names, so weights go both ways; `timm_state` takes all other layouts. Sources: ViT (arXiv 2010.11929),
-registers (2309.16588), Matryoshka (2205.13147), heads as in RADIO (2312.06709), their layers being our choice."""
+registers (2309.16588), Matryoshka (2205.13147), heads as in RADIO (2312.06709). The layers of the head are our choice,
+not checked against the paper's method section."""
 
 import contextlib
 import itertools
@@ -159,9 +160,8 @@ class Student(nn.Module):
         self.adaptors = nn.ModuleDict()
         for t, D_t in teacher_dims.items():
             self.adaptors[t] = nn.ModuleDict({str(m): nn.ModuleDict() for m in self.nested_dims})
-            for m, kind in itertools.product(
-                self.nested_dims, ("summary", "patches")
-            ):  # h_{t,m}: (..., m) -> (..., D_t)
+            for m, kind in itertools.product(self.nested_dims, ("summary", "patches")):
+                # h_{t,m}: (..., m) -> (..., D_t)
                 head = nn.Sequential(nn.Linear(m, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D_t))
                 self.adaptors[t][str(m)][kind] = head
         self.adaptors.apply(init_weights)
