@@ -1,15 +1,12 @@
 """The targets and the loss: standardised teacher tokens, two token losses, and their sum over teachers and nested dims.
 
-Place in the data flow:  data.py -> student.py and teachers.py -> [ losses.py ] -> train.py -> evaluate.py
     y_t     = standardise(teacher t's tokens)                 statistics measured once, before training, then frozen
     L_{t,m} =       cos(h_{t,m}(z_summary[:m]), y_summary)    cos(a, b) = 1 - cosine similarity
             + 0.9 * cos(h_{t,m}(z_patch[:m]),   y_patch)
             + 0.1 * smooth_l1(h_{t,m}(z_patch[:m]), y_patch)
     L       = sum over teachers t and nested dims m of w_m * L_{t,m},   w_m = 1
-
-Losses are pure functions, in float32 whatever the autocast around them; a standardiser is a module of frozen buffers.
-Sources: the two token losses are RADIO's (arXiv 2312.06709), PHI-S is arXiv 2410.01680, the sum over prefixes is that
-of Matryoshka learning (2205.13147). The weights are our choice, not checked against the paper's method section."""
+Losses are float32 under any autocast. Sources: RADIO (arXiv 2312.06709) for the token losses, PHI-S (2410.01680), and
+Matryoshka (2205.13147) for the sum. The weights are our choice, not checked against the paper's method section."""
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +21,11 @@ def hadamard(n: int) -> Tensor:
     """A Hadamard matrix (n, n) of entries +-1, H H^T = n I, in float64. InputError where n has no construction here."""
     if n == 1:
         return torch.ones(1, 1, dtype=torch.float64)
-    if n in (12, 20):  # Paley: H = I + S, S skew-symmetric, built on the quadratic residues modulo q = 11 or 19
-        q = n - 1
-        squares = {i * i % q for i in range(1, q)}
-        chi = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, q)], dtype=torch.float64)
-        S = torch.zeros(n, n, dtype=torch.float64)
-        S[0, 1:], S[1:, 0] = 1, -1
-        S[1:, 1:] = torch.stack([chi.roll(i) for i in range(q)])  # row i, column j: chi[j - i]
-        return torch.eye(n, dtype=torch.float64) + S
+    if n in (12, 20):  # Paley, from the quadratic residues modulo q = 11 or 19: those i with i^(q // 2) = 1
+        q, H = n - 1, torch.ones(n, n, dtype=torch.float64)
+        chi = torch.tensor([1.0 if pow(i, q // 2, q) == 1 else -1.0 for i in range(q)])
+        H[1:, 1:] = torch.stack([chi.roll(i) for i in range(q)])  # row i, column j: chi[j - i]
+        return H
     if n % 2:
         raise InputError("no Hadamard matrix of this width (only 2^k, 12 * 2^k, 20 * 2^k); use --standardize channel")
     return torch.kron(torch.tensor([[1, 1], [1, -1]]), hadamard(n // 2))  # Sylvester's doubling
@@ -40,7 +34,6 @@ def hadamard(n: int) -> Tensor:
 class Standardizer(nn.Module):
     """One teacher's tokens of one kind, (..., D) -> (..., D) with mean 0 and comparable scale; frozen buffers.
         y' = R (y - mean) / scale          y = R^T (scale * y') + mean
-
     "phi-s":   R = H U^T, scale = sqrt(mean(l)) (one number), H a normalised Hadamard matrix, C = U diag(l) U^T.
                Every channel then has variance exactly 1, without blowing up a near-dead channel or direction.
     "channel": R = I, scale = each channel's standard deviation.       "none": y' = y."""
@@ -54,7 +47,6 @@ class Standardizer(nn.Module):
         self.register_buffer("rotation", torch.eye(dim))
         self.register_buffer("scale", torch.ones(dim))
 
-    @torch.no_grad()
     def set(self, mean: Tensor, covariance: Tensor, name: str = "teacher") -> "Standardizer":
         """Derive the buffers from mean (D,) and covariance (D, D), both float64. InputError on a constant teacher."""
         variances = covariance.diagonal()
@@ -81,9 +73,7 @@ class Standardizer(nn.Module):
             return (y.float() * self.scale) @ self.rotation + self.mean
 
 
-class Standardizers(nn.ModuleDict):
-    """{teacher: {"summary": Standardizer, "patches": Standardizer}}, applied to all teachers' tokens at once."""
-
+class Standardizers(nn.ModuleDict):  # {teacher: {"summary": Standardizer, "patches": Standardizer}}
     def __init__(self, teacher_dims: dict[str, int], mode: str = "phi-s"):
         super().__init__()
         for t, D in teacher_dims.items():

@@ -1,21 +1,19 @@
 """The student: one hand-written ViT, adaptor heads, and the cut to the first m channels.
 
-Place in the data flow:  data.py -> [ student.py ] and teachers.py -> losses.py -> train.py -> evaluate.py
     tokens  = LayerNorm(ViT(image))              one summary (CLS) and N patch tokens, width D
     z[:m]   = the first m channels of a token    `truncate`, for every m in nested_dims (the last one is D)
     h_{t,m} = adaptor head of teacher t at m     Linear(m, D), LayerNorm, GELU, Linear(D, D_t)
-with one head for the summary and one for the patches. `VisionTransformer` serves students and teachers; its parameters
-have timm's names, so weights go both ways; `timm_state` takes all other layouts. Sources: ViT (arXiv 2010.11929),
-registers (2309.16588), Matryoshka (2205.13147), heads as in RADIO (2312.06709). The layers of the head are our choice,
-not checked against the paper's method section."""
+with one head for the summary and one for the patches. The ViT serves students and teachers, its parameters have timm's
+names, and `timm_state` takes all other layouts. Sources: ViT (arXiv 2010.11929), registers (2309.16588), Matryoshka
+(2205.13147), RADIO (2312.06709). The head's layers are our choice, not checked against the paper's method section."""
 
-import contextlib
+import importlib
 import itertools
 import math
 import pickle
 import re
-import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -24,7 +22,6 @@ from torch import Tensor, nn
 
 from data import InputError
 
-warnings.filterwarnings("ignore", "Detected pickle protocol")  # such a file loads, or is refused in one line
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of the students' input, as of timm's DINOv2 ViTs
 P14, REG4 = {"img_size": 224, "patch_size": 14}, {"registers": 4, "pos_on_prefix": False}
 VIT_S = {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536}
@@ -33,40 +30,25 @@ TOY = {"img_size": 64, "patch_size": 8, "width": 48, "depth": 5, "heads": 3, "ml
 STUDENTS = {"vit_b": P14 | VIT_B | REG4, "vit_s": P14 | VIT_S | REG4, "toy": TOY}  # 85.7 M, 21.6 M, 0.154 M parameters
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention; the rows of `qkv` are all queries, then all keys, then all values."""
-
+class Attention(nn.Module):  # multi-head self-attention
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)  # its rows: all queries, then all keys, then all values
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, .)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    """GELU MLP or SwiGLU. `mlp_width` counts the rows of fc1; SwiGLU halves them, the first half being the gate."""
-
-    def __init__(self, width: int, mlp_width: int, swiglu: bool):
-        super().__init__()
-        self.swiglu = swiglu
-        self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = nn.Linear(mlp_width // 2 if swiglu else mlp_width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.swiglu:
-            gate, x = self.fc1(x).chunk(2, dim=-1)
-            return self.fc2(F.silu(gate) * x)
-        return self.fc2(F.gelu(self.fc1(x)))
+class SwiGLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, 2 H) -> (B, T, H), the first half being the gate
+        gate, x = x.chunk(2, dim=-1)
+        return F.silu(gate) * x
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
+class Block(nn.Module):  # pre-norm
     def __init__(self, width: int, heads: int, mlp_width: int, swiglu: bool, layer_scale: bool):
         super().__init__()
         # LayerScale: 0.1 is our choice; DINOv2 has 1e-5, which a short distillation would spend its budget on leaving
@@ -75,7 +57,8 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.ls1 = nn.ParameterDict(ls1)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, mlp_width, swiglu)
+        fc1, fc2 = nn.Linear(width, mlp_width), nn.Linear(mlp_width // 2 if swiglu else mlp_width, width)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=SwiGLU() if swiglu else nn.GELU(), fc2=fc2))
         self.ls2 = nn.ParameterDict(ls2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,10 +93,10 @@ class VisionTransformer(nn.Module):
         if (H, W) != (self.img_size, self.img_size):
             raise ValueError(f"images of {H} x {W} px given to a ViT for {self.img_size} x {self.img_size} px")
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B, N, D)
-        prefix = torch.cat([self.cls_token, self.reg_token], 1) if self.registers else self.cls_token
-        positions = self.pos_embed if self.pos_on_prefix else F.pad(self.pos_embed, (0, 0, 1 + self.registers, 0))
-        x = torch.cat([prefix.expand(B, -1, -1), x], 1) + positions  # (B, 1 + registers + N, D); padded with zeros
-        return self.norm(self.blocks(x))
+        prefix = torch.cat([1 * self.cls_token, 1 * self.reg_token], 1) if self.registers else self.cls_token
+        x = x if self.pos_on_prefix else x + self.pos_embed
+        x = torch.cat([prefix.expand(B, -1, -1), x], 1)  # (B, 1 + registers + N, D); 1 *: gradients lie as DDP wants
+        return self.norm(self.blocks(x + self.pos_embed if self.pos_on_prefix else x))
 
     def split(self, tokens: Tensor) -> dict[str, Tensor]:
         """Tokens (B, 1 + registers + N, D) -> {"summary": CLS (B, D), "patches": (B, N, D)}; registers are left out."""
@@ -154,16 +137,13 @@ class Student(nn.Module):
         D = self.backbone.width
         self.nested_dims = sorted({*nested_dims, D})
         if self.nested_dims[0] < 1 or self.nested_dims[-1] > D:
-            raise ValueError(f"nested dims {self.nested_dims} do not fit a student of width {D}: give 1 to {D}")
+            raise InputError(f"--dims: {self.nested_dims} do not fit the width of {arch}; give dims from 1 to {D}")
         for name, values in zip(("mean", "std"), IMAGENET):  # not in the state dict: timm keeps them in its config too
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        self.adaptors = nn.ModuleDict()
-        for t, D_t in teacher_dims.items():
-            self.adaptors[t] = nn.ModuleDict({str(m): nn.ModuleDict() for m in self.nested_dims})
-            for m, kind in itertools.product(self.nested_dims, ("summary", "patches")):
-                # h_{t,m}: (..., m) -> (..., D_t)
-                head = nn.Sequential(nn.Linear(m, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D_t))
-                self.adaptors[t][str(m)][kind] = head
+        self.adaptors = nn.ModuleDict({t: nn.ModuleDict() for t in teacher_dims})
+        for (t, D_t), m in itertools.product(teacher_dims.items(), self.nested_dims):  # h_{t,m}: (..., m) -> (..., D_t)
+            heads = (nn.Sequential(nn.Linear(m, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D_t)) for _ in range(2))
+            self.adaptors[t][str(m)] = nn.ModuleDict(zip(("summary", "patches"), heads))
         self.adaptors.apply(init_weights)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -180,9 +160,7 @@ def read_weights(path: str | Path) -> dict:
     """What a .safetensors, .bin, .pth or .pt file holds, on the CPU. Never runs code that a pickle carries."""
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return importlib.import_module("safetensors.torch").load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         return content if isinstance(content, dict) else {"the whole content": content}
     except ImportError:
@@ -190,8 +168,6 @@ def read_weights(path: str | Path) -> dict:
     except Exception as error:  # noqa: BLE001 - a damaged file raises many types
         unsafe = isinstance(error, pickle.UnpicklingError)
         why = "refused: no weights, or objects that could run code" if unsafe else f"damaged ({type(error).__name__})"
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            why = "a Git LFS pointer, not yet pulled" if b"git-lfs" in file.read(99) else why
         raise InputError(f"{path} is {why}; put a whole copy of the right file there") from None
 
 
@@ -219,7 +195,7 @@ UNUSED = r"mask_token$|(pooler|classifier|head|dino_head|ibot_head)\."  # any ot
 
 
 def timm_state(state: dict, vit: VisionTransformer, dtype: torch.dtype, antialias: bool = True) -> dict[str, Tensor]:
-    """Weights in any published layout -> timm's names, as copies in `dtype`, positions on the grid of `vit`."""
+    """Weights in any published layout, perhaps memory-mapped -> timm's names, copies in `dtype`, positions of `vit`."""
     for wrapper in ("teacher", "state_dict", "model"):  # of a training checkpoint, or of a student.pt
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     parts: dict[str, list[Tensor]] = {}
@@ -233,25 +209,19 @@ def timm_state(state: dict, vit: VisionTransformer, dtype: torch.dtype, antialia
             raise ValueError(f"{key} is no floating-point tensor")
         parts.setdefault(name, []).append(state[key])  # two of one name get a shape that strict loading refuses
     if {"cls_token", "pos_embed"} <= parts.keys():
-        both = (torch.cat(parts[name]).float() for name in ("cls_token", "pos_embed"))
-        parts["cls_token"], parts["pos_embed"] = ([x] for x in fit_positions(*both, vit, antialias))
-    # tensor by tensor, as copies: `state` may be memory-mapped, and only what is returned shall take memory
+        cls_token, pos_embed = (torch.cat(parts[name]).float() for name in ("cls_token", "pos_embed"))  # (1, ., D)
+        if not vit.pos_on_prefix and math.isqrt(pos_embed.shape[1] - 1) ** 2 == pos_embed.shape[1] - 1:
+            # the DINOv2 repo and Hugging Face keep a row for CLS even where registers have none; timm adds it to CLS
+            cls_token, pos_embed = cls_token + pos_embed[:, :1], pos_embed[:, 1:]
+        prefix, patches = pos_embed.tensor_split([(1 + vit.registers) * vit.pos_on_prefix], 1)
+        side = math.isqrt(patches.shape[1])
+        if side != vit.grid and side**2 == patches.shape[1]:
+            print(f"position embedding resampled from {side} x {side} to {vit.grid} x {vit.grid}")
+            patches = patches.transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
+            patches = F.interpolate(patches, (vit.grid, vit.grid), mode="bicubic", antialias=antialias)
+            pos_embed = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], 1)  # (1, rows of vit, D)
+        parts["cls_token"], parts["pos_embed"] = [cls_token], [pos_embed]
     return {name: (torch.cat(xs) if len(xs) > 1 else xs[0]).to(dtype, copy=True) for name, xs in parts.items()}
-
-
-def fit_positions(cls_token: Tensor, pos_embed: Tensor, vit: VisionTransformer, antialias: bool) -> list[Tensor]:
-    """cls_token (1, 1, D) and pos_embed (1, rows, D) of a file -> those of `vit`, resampled where its grid differs."""
-    if not vit.pos_on_prefix and math.isqrt(pos_embed.shape[1] - 1) ** 2 == pos_embed.shape[1] - 1:
-        # the DINOv2 repo and Hugging Face keep a row for CLS even where registers have none; timm adds it to CLS
-        cls_token, pos_embed = cls_token + pos_embed[:, :1], pos_embed[:, 1:]
-    prefix, patches = pos_embed.tensor_split([(1 + vit.registers) * vit.pos_on_prefix], 1)
-    side = math.isqrt(patches.shape[1])
-    if side != vit.grid and side**2 == patches.shape[1]:
-        print(f"position embedding resampled from {side} x {side} to {vit.grid} x {vit.grid}")
-        patches = patches.transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
-        patches = F.interpolate(patches, (vit.grid, vit.grid), mode="bicubic", antialias=antialias)
-        pos_embed = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], 1)  # (1, rows of vit, D)
-    return [cls_token, pos_embed]
 
 
 def load_published(vit: VisionTransformer, path: Path, source: str, dtype=torch.float32, antialias=True) -> dict:
@@ -260,7 +230,7 @@ def load_published(vit: VisionTransformer, path: Path, source: str, dtype=torch.
     try:
         state = timm_state(content, vit, dtype, antialias)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+        reason, *_ = str(error).split("\n")
         raise InputError(f"{source} holds another model: {reason}; put the right file there") from None
     load_strictly(vit, state, source)
     return content
