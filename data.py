@@ -1,29 +1,34 @@
-"""Tiles: synthetic tissue, folders of images, and the order in which a run sees them.
+"""Tiles: synthetic tissue, folders and tar shards of images, and the order in which a run sees them.
 
-Place in the data flow:  [ data.py ] -> student.py and teachers.py -> losses.py -> train.py -> evaluate.py
     tile k of a run = view(seed, k, source[order(seed, k)])    one crop, flip and turn, shared by student and teachers
+So resuming means starting at k, workers change nothing, rank r of W takes k = r, r + W, ..., and no generator state is
+stored. Images leave as uint8 (3, H, W)."""
 
-The k-th sample is a pure function of (seed, k): resuming means starting at k, workers change nothing, rank r of W takes
-k = r, r + W, ..., and no generator state is stored. Images leave as uint8 (3, H, W)."""
-
+import contextlib
 import csv
 import functools
+import glob
 import hashlib
+import io
+import json
 import math
 import os
+import re
 import sys
+import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from os.path import getmtime, getsize
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import functional as TF
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+IMAGE = re.compile(r"(?is)(.*/)?[^./][^/]*\.(bmp|jpe?g|png|tiff?|webp)")  # not hidden, as macOS's "._x.png" are
 
 
 class InputError(ValueError):
@@ -54,12 +59,11 @@ def save_atomically(content: dict, path: str | Path, write: Callable = torch.sav
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
         raise InputError(f"cannot write {path}: {error}; free some space or choose another folder") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is in its place already, or the disk is read-only
+            temporary.unlink()
 
 
-# Optical densities of haematoxylin and eosin are drawn, then mixed to RGB by Beer-Lambert. Every tile has two
-# independent labels, the kind of its cells and of its tissue: one for each offline teacher to know, the other to lack.
-
+# Every tile has two independent labels, of its cells and its tissue: one for each offline teacher to know, one to lack.
 TISSUE_VERSION = 1  # raise it when a tile changes: the offline teachers are then trained anew
 STREAMS = ("teacher", "distil", "bank", "test")  # keyed (stream, seed, k), so that nothing leaks from one into another
 TASKS = ("cells", "tissue")
@@ -76,8 +80,7 @@ STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]], np.float32)  #
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """Random values in [0, 1] on a coarse grid, bilinearly enlarged to (size, size)."""
-    coarse = rng.random((cells + 1, cells + 1), dtype=np.float32)
+    coarse = rng.random((cells + 1, cells + 1), dtype=np.float32)  # in [0, 1]; bilinearly enlarged to (size, size)
     t = np.arange(size, dtype=np.float32) * (cells / size)
     i, f = t.astype(int), t % 1
     rows = coarse[i] * (1 - f)[:, None] + coarse[i + 1] * f[:, None]
@@ -92,7 +95,6 @@ def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndar
     name, (n_holes, smallest, largest) = list(TISSUES.items())[tissue]
     y, x = np.mgrid[:size, :size].astype(np.float32) * (64 / size)  # coordinates of a 64 px tile
     normal = functools.partial(rng.standard_normal, dtype=np.float32)
-
     # Eosin: a texture, waves for fibres and whorls, nothing in the holes.
     angle = rng.uniform(0, math.pi)
     warp = 10 * (smooth_noise(rng, size, 3) - 0.5)
@@ -109,7 +111,6 @@ def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndar
         hole_r = rng.uniform(smallest, largest, n_holes).tolist()
         edge = np.min([np.hypot(x - a, y - b) / r for a, b, r in zip(hole_x, hole_y, hole_r)], axis=0)  # 1 at a rim
         holes = 1 / (1 + np.exp(np.clip((edge + warp / 40 - 1) * 16, -30, 30)))
-
     # Haematoxylin: nuclei outside the holes, around the lumen in a gland, as soft ellipses (n, size, size).
     n = max(4, rng.poisson(count))
     nx, ny = rng.uniform(0, 64, (2, 3 * n)).astype(np.float32)
@@ -118,19 +119,18 @@ def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndar
     if name == "gland":
         off_ring = np.abs(np.hypot(nx - centre_x, ny - centre_y) / hole_r[0] - 1.45) + rng.uniform(0, 0.8, 3 * n)
         order = np.argsort(np.where(free, off_ring, 9), kind="stable")[:n]
-    n = len(order)
-    r = radius * np.exp(spread * normal((n, 1, 1)))
-    e = np.sqrt(elongation * np.exp(0.15 * normal((n, 1, 1))))
-    a = angle + 0.5 * normal((n, 1, 1))
+    shape = (len(order), 1, 1)
+    r = radius * np.exp(spread * normal(shape))
+    e = np.sqrt(elongation * np.exp(0.15 * normal(shape)))
+    a = angle + 0.5 * normal(shape)
     dx, dy = x - nx[order, None, None], y - ny[order, None, None]
     along, across = np.cos(a) * dx + np.sin(a) * dy, np.cos(a) * dy - np.sin(a) * dx
     d = np.hypot(along / (r * e), across / (r / e))  # 1 at the rim
     body = np.clip((1 - d) * 3 + 0.5, 0, 1)
     chromatin = 1 - pale * np.clip(1.4 - 1.8 * d, 0, 1) + nucleolus * np.clip(2 - 5 * d, 0, 1)
-    haematoxylin = (body * chromatin * (density * np.exp(0.12 * normal((n, 1, 1))))).max(0)
+    haematoxylin = (body * chromatin * (density * np.exp(0.12 * normal(shape)))).max(0)
     haematoxylin = haematoxylin * (0.85 + 0.3 * smooth_noise(rng, size, 16)) + 0.08 * (1 - holes)
     eosin = eosin * (1 - holes) * (1 - 0.5 * body.max(0))
-
     # Beer-Lambert: stain vectors, strengths and light vary as from slide to slide.
     stains = STAINS * np.exp(0.10 * normal((2, 3)))
     stains *= np.exp(0.2 * normal((2, 1))) / np.linalg.norm(stains, axis=1, keepdims=True)
@@ -138,9 +138,7 @@ def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndar
     return (np.clip(rgb, 0, 1) * 255).astype(np.uint8), cell, tissue, (d.min(0) < 1).astype(np.uint8)
 
 
-class TissueTiles(Dataset):
-    """Tile k of a stream of synthetic tissue -> {"image": uint8 (3, size, size), "index": k, cells, tissue, nuclei}."""
-
+class TissueTiles(Dataset):  # tile k of a stream -> {"image": uint8 (3, size, size), "index": k, cells, tissue, nuclei}
     def __init__(self, stream: str, seed: int, size: int = 64):
         self.stream, self.seed, self.size = stream, seed, size
 
@@ -157,20 +155,23 @@ class TissueTiles(Dataset):
 
 
 @functools.lru_cache(maxsize=2)  # a batch can straddle two epochs
-def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Sample k of a run is tile epoch_order(seed, k // n, n)[k % n]: every tile once an epoch, each epoch anew."""
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:  # sample k is tile epoch_order(seed, k // n, n)[k % n]
     return np.random.default_rng((0, seed, epoch)).permutation(n)
 
 
-def batches(tiles: Dataset, ks: range, batch_size: int, workers=0, pin=False, label: str = "") -> Iterator[dict]:
+def collate(samples: list[dict]) -> dict:
+    """A batch whose images stay rows of pixels, as Pillow has them, in a view (B, 3, H, W): no pixel is moved again."""
+    images = torch.stack([sample["image"].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
+    return {"image": images, **default_collate([{k: x[k] for k in x if k != "image"} for x in samples])}
+
+
+def batches(tiles: Dataset, ks: Sequence[int], batch_size: int, workers=0, pin=False, label="") -> Iterator[dict]:
     """Samples `ks` in batches, with progress if there is a label; sample k depends on k alone, never on the workers.
     Unreadable tiles are named once each, and kept in tiles.unreadable; InputError when they pass 1 % of tiles.files."""
-    generator = torch.Generator()  # otherwise every pass draws from the global generator, which nothing here depends on
-    loader = DataLoader(tiles, batch_size, sampler=ks, num_workers=workers, pin_memory=pin, generator=generator)
+    own = {"generator": torch.Generator(), "collate_fn": collate}  # a generator: else each pass draws on the global one
+    loader = DataLoader(tiles, batch_size, sampler=ks, num_workers=workers, pin_memory=pin, **own)
+    tiles = getattr(tiles, "tiles", tiles)  # those that are read
     for batch in progress(loader, label, len(loader)) if label else loader:
-        if (small := next(filter(None, batch.pop("small", [])), "")) and not tiles.small:
-            tiles.small = True
-            print(f"warning: {small}, perhaps others too, is smaller than the crop, so enlarged", file=sys.stderr)
         for path in filter(None, "\0".join(batch.pop("skipped", [])).split("\0")):
             if path not in tiles.unreadable:
                 tiles.unreadable.append(path)
@@ -178,49 +179,80 @@ def batches(tiles: Dataset, ks: range, batch_size: int, workers=0, pin=False, la
             if len(tiles.unreadable) > len(tiles.files) / 100:
                 some = f"{', '.join(tiles.unreadable[:3])}; mend or remove them (a mask: one channel, its tile's size)"
                 raise InputError(f"{tiles.root}: over 1 % of {len(tiles.files)} tiles are unreadable: {some}")
+        if "index" in batch:  # of tiles for evaluation: unreadable ones are left out
+            batch = {key: values[batch["index"] >= 0] for key, values in batch.items()}
         yield batch
 
 
-class CachedTiles(Dataset):
-    """Tiles whose teachers run once, here: sample k -> {"image": (3, H, W), "outputs": {teacher: tokens}}.
-    images: (n, 3, H, W); teach: images -> {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}, kept in fp16."""
-
-    def __init__(self, images: Tensor, teach: Callable[[Tensor], dict[str, dict[str, Tensor]]], seed: int):
-        self.images, self.seed, chunks, parts = images, seed, images.split(64), []
-        for chunk in progress(chunks, "teachers' outputs, computed once", len(chunks)):
-            outputs = teach(chunk)
-            parts.append({t: {kind: y.half().cpu() for kind, y in outputs[t].items()} for t in outputs})
-        self.outputs = {t: {kind: torch.cat([p[t][kind] for p in parts]) for kind in parts[0][t]} for t in parts[0]}
-
-    def __getitem__(self, k: int) -> dict:
-        i = epoch_order(self.seed, k // len(self.images), len(self.images))[k % len(self.images)]
-        outputs = {t: {kind: y[i] for kind, y in tokens.items()} for t, tokens in self.outputs.items()}
-        return {"image": self.images[i], "outputs": outputs}
+def top_and_roots(given: str | Path | list[str]) -> tuple[str, list[str]]:
+    """Folders and shards that --data names, patterns expanded, and the folder around them: tiles' paths begin there."""
+    texts = given if isinstance(given, list) else [str(given)]
+    found = ([x] if os.path.exists(x) else glob.glob(x) or [x] for x in texts)
+    roots = sorted({os.path.abspath(path) for paths in found for path in paths})
+    return os.path.commonpath([root if os.path.isdir(root) else os.path.dirname(root) for root in roots]), roots
 
 
-def list_tiles(root: str | Path, flag: str = "--data") -> list[str]:
-    """Relative paths of all images under a folder, sorted. InputError where there is none."""
-    found, seen = [], set()
-    for folder, _, names in os.walk(root, followlinks=True):  # labelled folders are often made of links
-        if os.path.realpath(folder) in seen:  # a circle of links, or a folder linked twice
-            continue
-        seen.add(os.path.realpath(folder))
-        tiles = (name for name in names if Path(name).suffix.lower() in SUFFIXES and name[0] != ".")  # "._x.png": macOS
-        found += [os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/") for name in tiles]
-    if not found:
-        what = "has no images" if os.path.isdir(root) else "is not a folder of images"
-        raise InputError(f"{flag}: {root} {what} ({', '.join(sorted(SUFFIXES))}); give a folder tree of tiles")
-    return sorted(found)
+def list_tiles(given: str | Path | list[str], flag: str = "--data", spare: Path | None = None) -> list[str]:
+    """Relative paths, sorted, of all images below a folder; where there are none, of those in tar shards, as SHARD.tar/
+    OFFSET+SIZE/NAME. With `spare`, the list of shards or of 10,000 tiles is kept as FOLDER.index, or in `spare`."""
+    (top, roots), stamps, began = top_and_roots(given), {}, time.time()
+    place = Path(f"{top}.index") if os.access(os.path.dirname(top), os.W_OK) else Path(spare or "", "tiles.index")
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # there is none, or something else
+        index = json.loads(place.read_text())
+        if index["roots"] == roots and all([getsize(x), getmtime(x)] == then for x, then in index["stamps"].items()):
+            return index["tiles"]
+    tiles, shards = set(), {root for root in roots if root.endswith(".tar") and os.path.isfile(root)}
+    if unfit := [root for root in roots if root not in shards and not os.path.isdir(root)]:
+        raise InputError(f"{flag}: {unfit[0]} is no folder of images and no tar shard, or does not exist")
+    for root in roots:
+        files = []
+        for folder, _, names in os.walk(root, followlinks=True):  # labelled folders are often made of links
+            if (real := os.path.realpath(folder)) not in stamps:  # a circle of links, or a folder linked twice
+                stamps[real] = [getsize(real), getmtime(real)]
+                files += [os.path.join(folder, name) for name in names]
+        images, tars = set(filter(IMAGE.fullmatch, files)), {file for file in files if file.endswith(".tar")}
+        if images and tars:
+            print(f"note: {root} holds images, so its tar files ({len(tars)}) are left out", file=sys.stderr)
+        tiles, shards = tiles | images, shards if images else shards | tars
+    for path in sorted(shards):
+        try:
+            stamps[path] = [getsize(path), getmtime(path)]
+            with tarfile.open(path, "r:") as shard:  # "r:": not compressed, so that a member is one seek away
+                while member := shard.next():
+                    shard.members.clear()  # a million would take a gigabyte
+                    if member.isreg() and IMAGE.fullmatch(member.name):
+                        tiles.add(f"{path}/{member.offset_data}+{member.size}/{member.name}")
+                shard.fileobj.seek(shard.offset)
+                if shard.fileobj.read(512) != bytes(512):  # tarfile takes a damaged header for the end
+                    raise tarfile.TarError("cut off")
+        except (OSError, tarfile.TarError) as error:
+            raise InputError(f"{flag}: {path} is no whole, uncompressed tar ({error}); mend or remove it") from None
+    if not tiles:
+        raise InputError(f"{flag}: {roots[0]} holds no images (png, jpg, tif, bmp, webp) and no tar shards of them")
+    tiles = sorted(tile.removeprefix(top).lstrip(os.sep).replace(os.sep, "/") for tile in tiles)
+    if spare and (shards or len(tiles) >= 10_000) and max(x[1] for x in stamps.values()) < began - 0.02:  # none is new
+        index = json.dumps({"roots": roots, "stamps": stamps, "tiles": tiles}).encode()
+        with contextlib.suppress(InputError):  # the next run takes as long, that is all
+            save_atomically(index, place, lambda content, file: file.write(content))
+    return tiles
+
+
+def read_tile(path: str | Path) -> bytes:  # a file, or the part of a tar shard that SHARD.tar/OFFSET+SIZE/NAME says
+    place = re.fullmatch(r"(.+?\.tar)/(\d+)\+(\d+)/.+", str(path), re.DOTALL)
+    with open(place[1] if place else path, "rb") as file:
+        file.seek(int(place[2]) if place else 0)
+        return file.read(int(place[3]) if place else -1)
 
 
 def open_tile(path: str | Path, mask: bool = False) -> Image.Image | None:
     """An image file as Pillow's RGB, upright after its EXIF tag; a mask as class numbers, mode L; None: unreadable."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_tile(path))) as image:
             if image.mode[0] in "IF" and not 1 < image.getextrema()[1] < 256:
                 raise ValueError("16-bit grey or float, which Pillow would clip to white or black")
             if not mask:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                ImageOps.exif_transpose(image, in_place=True)
+                return image if image.mode == "RGB" else image.convert("RGB")
             numbers = np.array(image.convert("L")) > 127 if image.format == "JPEG" else np.array(image)  # JPEG blurs
         if numbers.ndim == 3 and (numbers[..., :1] == numbers[..., :3]).all():  # grey, saved as RGB
             numbers = numbers[..., 0]
@@ -234,61 +266,42 @@ def random_view(image: Image.Image, size: int, rng: np.random.Generator) -> Tens
     if min(image.size) < size:
         image = TF.resize(image, size, TF.InterpolationMode.BICUBIC)
     left, top = (int(rng.integers(length - size + 1)) for length in image.size)
-    view = TF.pil_to_tensor(TF.crop(image, top, left, size, size))
-    view = torch.rot90(view, int(rng.integers(4)), (1, 2))  # with the flip: all 8 symmetries, tissue has no upright
-    return (view.flip(2) if rng.integers(2) else view).contiguous()
+    view = image.crop((left, top, left + size, top + size))
+    turn = ((None, 0), (2, 6), (3, 1), (4, 5))[rng.integers(4)][rng.integers(2)]  # PIL's: by quarters, then flipped
+    return torch.from_numpy(np.array(view if turn is None else view.transpose(turn))).permute(2, 0, 1)
 
 
-def centre_view(image: Image.Image, size: int, mode: str = "bicubic") -> Tensor:
-    """The view of evaluation (channels, size, size): shorter side to `size` (antialiased), centre cropped."""
+def centre_view(image: Image.Image, size: int, mode: str = "bicubic") -> Tensor:  # shorter side to `size`, then crop
     return TF.pil_to_tensor(TF.center_crop(TF.resize(image, size, TF.InterpolationMode(mode)), size))
 
 
 class FolderTiles(Dataset):
-    """Sample k -> {"image": uint8 (3, size, size), "skipped": unreadable, joined by NUL, "small": path if enlarged}.
-    An unreadable tile is replaced by the next of the same epoch's order, so the choice depends on k alone."""
+    """Sample k -> {"image": uint8 (3, size, size), "skipped": paths of unreadable tiles, joined by NUL}. Such a tile is
+    replaced by the next of the same epoch's order, so the choice depends on k alone."""
 
-    def __init__(self, root: str | Path, size: int, seed: int):
-        self.root, self.size, self.seed, self.files = Path(root), size, seed, list_tiles(root)
-        self.unreadable, self.small = [], False  # filled by `batches`
+    def __init__(self, root: str | Path | list[str], size: int, seed: int, spare: Path | None = None):
+        self.root, self.files = Path(top_and_roots(root)[0]), list_tiles(root, spare=spare)
+        self.size, self.seed, self.unreadable, self.small = size, seed, [], False  # unreadable: filled by `batches`
 
-    def fingerprint(self) -> dict:
-        """Count and hash of the sorted list: what a resumed run compares."""
-        listing = hashlib.sha256("\0".join(self.files).encode("utf8", "surrogateescape"))
+    def fingerprint(self, contents: bool = False) -> dict:
+        """Count and hash of the sorted list, for a cache with all that the files hold: what a resumed run compares."""
+        listing, label = hashlib.sha256(), "tiles compared with the cache's"
+        for i, name in enumerate(progress(self.files, label, len(self.files)) if contents else self.files):
+            listing.update(b"\0"[:i] + os.fsencode(name) + (read_tile(self.root / name) if contents else b""))
         return {"count": len(self.files), "sha256": listing.hexdigest()}
 
     def __getitem__(self, k: int) -> dict:
-        n, skipped, view, small = len(self.files), [], torch.zeros(3, self.size, self.size, dtype=torch.uint8), ""
+        n, skipped = len(self.files), []
         for i in range(n // 100 + 1):  # more in a row would end the run anyway
             path = self.root / self.files[epoch_order(self.seed, k // n, n)[(k + i) % n]]
             if image := open_tile(path):
+                if min(image.size) < self.size and not self.small:
+                    self.small = True  # one warning from each worker
+                    print(f"warning: {path}, perhaps not alone, is smaller than the crop: enlarged", file=sys.stderr)
                 view = random_view(image, self.size, np.random.default_rng((1, self.seed, k)))
-                small = str(path) if min(image.size) < self.size else ""
-                break
+                return {"image": view, "skipped": "\0".join(skipped)}
             skipped.append(str(path))
-        return {"image": view, "skipped": "\0".join(skipped), "small": small}
-
-
-class CentreTiles(Dataset):
-    """Tile k of `files` -> {"image": uint8 (3, size, size), "index": k, -1 if unreadable, "skipped": its path, target}.
-    targets: {"class": numbers (n,)} or {"mask": files (n,)}, whose numbers (size, size) are cut as their tile is."""
-
-    def __init__(self, root: str | Path, size: int, files: list[str], targets: dict[str, list] | None = None):
-        self.root, self.size, self.files, self.targets, self.unreadable = Path(root), size, files, targets or {}, []
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, k: int) -> dict:
-        item = {"index": k, "skipped": "", **{kind: target[k] for kind, target in self.targets.items()}}
-        if (image := open_tile(self.root / self.files[k])) is None:
-            image, item["index"], item["skipped"] = Image.new("RGB", (1, 1)), -1, str(self.root / self.files[k])
-        if "mask" in item:
-            if (mask := open_tile(self.root / item["mask"], mask=True)) is None or mask.size != image.size:
-                mask, item["index"] = image.convert("L"), -1
-                item["skipped"] = item["skipped"] or str(self.root / item["mask"])
-            item["mask"] = centre_view(mask, self.size, "nearest")[0]
-        return item | {"image": centre_view(image, self.size)}
+        return {"image": torch.zeros(3, self.size, self.size, dtype=torch.uint8), "skipped": "\0".join(skipped)}
 
 
 LABELLED = "train/CLASS/* and test/CLASS/*, labels.csv (columns path, label, split), or images/* and masks/*"
@@ -296,9 +309,8 @@ SPLITS = {"train": ("train", "NCT-CRC-HE-100K", "NCT-CRC-HE-100K-NONORM"), "test
 
 
 def labelled_files(root: str) -> dict[str, tuple[list[str], dict[str, list]]]:
-    """{"train": (files, targets), "test": ...} of a labelled folder, for CentreTiles, in a fixed mixed order.
-    It holds one of LABELLED, or NCT-CRC-HE as unpacked. Files of images/ and masks/ have equal names; they lie below
-    train/ and test/, or at the top, where the last fifth is the test set. InputError: a split or a class is missing."""
+    """{"train": (files, targets), "test": ...} of a folder of LABELLED or NCT-CRC-HE, for CentreTiles, in a fixed mixed
+    order. images/ and masks/ at the top: the last fifth is the test set. InputError: a split or a class is missing."""
     folder, table, found, classes = Path(root), Path(root) / "labels.csv", {}, []
     csv.field_size_limit(2**31 - 1)  # a quote that is never closed is a row without a split, not a csv.Error
     text = table.read_text("utf-8-sig", "surrogateescape") if table.exists() else ""

@@ -4,8 +4,6 @@
     python evaluate.py runs/a runs/b --data labelled/   several runs on tiles of your own
     python evaluate.py runs/demo --embed tiles/ --dim 16 --out embeddings.npz     embeddings for other tools
     python evaluate.py runs/demo --dim 16 --out student-16.pt                     the student cut to 16, for timm
-
-Place in the data flow:  data.py -> student.py and teachers.py -> losses.py -> train.py -> [ evaluate.py ]
 Features are taken after the final norm, cut to the first m channels, and only then normalised where a task does so."""
 
 import json
@@ -13,26 +11,25 @@ import math
 import os
 import re
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from torchvision.transforms import functional as TF
-from torchvision.utils import make_grid
+from torchvision import transforms, utils
 
 import data
 import teachers as cli
-from data import InputError
+from data import InputError, TissueTiles, batches, save_atomically
 from student import Student, load_student, millions, truncate
 from teachers import OFFLINE, Teacher, load_teacher
 
-TEMPERATURE, SHORTLIST, TOKENS = 0.07, 200, 100_000  # TOKENS: at most so many for the dense probe's fit
+TOKENS = 100_000  # at most so many for the dense probe's fit
 N_TILES = 2048  # of synthetic tissue, to learn from and again to test on
+WORKERS = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0  # that read tiles
 LABELS = {"class": "summary", "cells": "summary", "tissue": "summary", "mask": "patches", "nuclei": "patches"}
 
 
@@ -40,19 +37,32 @@ LABELS = {"class": "summary", "cells": "summary", "tissue": "summary", "mask": "
 def embed(model: nn.Module, images: Tensor, batch_size: int = 64, kind: str = "summary") -> Tensor:
     """Float32, on the CPU, of images (n, 3, H, W): summary, a teacher's card embedding (n, D), or patches (n, N, D)."""
     device, card = next(model.parameters()).device, isinstance(model, Teacher) and kind == "summary"
-    batches = (batch.to(device) for batch in images.split(batch_size))
-    return torch.cat([(model.embed(batch) if card else model(batch)[kind]).float().cpu() for batch in batches])
+    parts = (part.to(device) for part in images.split(batch_size))
+    return torch.cat([(model.embed(part) if card else model(part)[kind]).float().cpu() for part in parts])
 
 
-def read(tiles: Dataset, label: str):
-    """The readable tiles, in batches of 64."""
-    workers = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
-    for batch in data.batches(tiles, range(len(tiles)), 64, workers, label=f"embedding {label}"):
-        readable = batch["index"] >= 0
-        yield {key: values[readable] for key, values in batch.items()}
+class CentreTiles(Dataset):
+    """Tile k of `files` -> {"image": uint8 (3, size, size), "index": k, -1 if unreadable, "skipped": its path, target}.
+    targets: {"class": numbers (n,)} or {"mask": files (n,)}, whose numbers (size, size) are cut as their tile is."""
+
+    def __init__(self, root: str | Path, size: int, files: list[str], targets: dict[str, list] | None = None):
+        self.root, self.size, self.files, self.targets, self.unreadable = Path(root), size, files, targets or {}, []
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, k: int) -> dict:
+        item = {"index": k, "skipped": "", **{kind: target[k] for kind, target in self.targets.items()}}
+        if (image := data.open_tile(self.root / self.files[k])) is None:
+            image, item["index"], item["skipped"] = Image.new("RGB", (1, 1)), -1, str(self.root / self.files[k])
+        if "mask" in item:
+            if (mask := data.open_tile(self.root / item["mask"], mask=True)) is None or mask.size != image.size:
+                mask, item["index"] = image.convert("L"), -1
+                item["skipped"] = item["skipped"] or str(self.root / item["mask"])
+            item["mask"] = data.centre_view(mask, self.size, "nearest")[0]
+        return item | {"image": data.centre_view(image, self.size)}
 
 
-# ---- tasks: plain tensors in, metrics in [0, 1] out; x (n, D), y (n,) integers from 0 on ----------------------------
 def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosine similarities (q, k) and indices (q, k) of the k nearest of the bank (all, if it has fewer), in order."""
     bank, k = F.normalize(bank.float(), dim=-1), min(k, len(bank))
@@ -60,14 +70,7 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat([similarity for similarity, _ in found]), torch.cat([index for _, index in found])
 
 
-def vote(labels: Tensor, weights: Tensor) -> Tensor:
-    """The label with the largest sum of weights. labels, weights: (q, k) -> (q,)."""
-    totals = torch.zeros(len(labels), int(labels.max()) + 1)
-    return totals.scatter_add_(1, labels, weights).argmax(-1)
-
-
-def accuracies(predicted: Tensor, truth: Tensor) -> dict[str, float]:
-    """predicted, truth: (n,) -> share of hits, and its mean over the classes that occur in `truth`."""
+def accuracies(predicted: Tensor, truth: Tensor) -> dict[str, float]:  # (n,); balanced: over the classes of `truth`
     hits = (predicted == truth).double()
     recalls = torch.stack([hits[truth == label].mean() for label in truth.unique()])
     return {"accuracy": hits.mean().item(), "balanced_accuracy": recalls.mean().item()}
@@ -76,33 +79,33 @@ def accuracies(predicted: Tensor, truth: Tensor) -> dict[str, float]:
 def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20) -> dict[str, float]:
     """k = 20 (at most the bank), cosine, votes weighted exp(similarity / 0.07), as in DINO (arXiv 2104.14294)."""
     similarity, index = nearest(train_x, test_x, k)
-    return accuracies(vote(train_y[index], (similarity / TEMPERATURE).exp()), test_y)
+    votes = torch.zeros(len(test_x), int(train_y.max()) + 1).scatter_add(1, train_y[index], (similarity / 0.07).exp())
+    return accuracies(votes.argmax(-1), test_y)
 
 
 def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, float]:
     """Test queries train by cosine. Acc@n: a hit among the n nearest; mMV@5: majority of 5, ties to the nearest."""
     labels = train_y[nearest(train_x, test_x, 5)[1]]  # (q, 5)
-    halves = 0.5 ** torch.arange(1, labels.shape[1] + 1)  # each above the sum of those after it, all below one vote
+    votes = (labels[:, :, None] == labels[:, None]).sum(-1)  # (q, 5): how many of the five have the label of each
+    majority = labels.gather(1, votes.argmax(-1, keepdim=True))[:, 0]  # of equals argmax takes the first, the nearest
     metrics = {f"Acc@{n}": (labels[:, :n] == test_y[:, None]).any(-1).double().mean().item() for n in (1, 3, 5)}
-    return metrics | {"mMV@5": accuracies(vote(labels, (1 + halves).expand(labels.shape)), test_y)["accuracy"]}
+    return metrics | {"mMV@5": accuracies(majority, test_y)["accuracy"]}
 
 
-def adaptive_retrieval(train_x, train_y, test_x, test_y, dim: int, shortlist: int = SHORTLIST) -> dict[str, float]:
+def adaptive_retrieval(train_x, train_y, test_x, test_y, dim: int, shortlist: int = 200) -> dict[str, float]:
     """The 200 nearest at `dim` channels, re-ranked at all, as in MRL (2205.13147); work: its share of a full search."""
     (n, D), shortlist = train_x.shape, min(shortlist, len(train_x))
     candidates = nearest(**truncate({"bank": train_x, "queries": test_x}, dim), k=shortlist)[1]  # (q, shortlist)
     bank, queries, best = F.normalize(train_x.float(), dim=-1), F.normalize(test_x.float(), dim=-1), []
     for rows, part in zip(candidates.split(64), queries.split(64)):
-        similarity = torch.einsum("qsd,qd->qs", bank[rows], part)
-        best.append(rows.gather(1, similarity.argmax(-1, keepdim=True))[:, 0])
+        best.append(rows.gather(1, torch.einsum("qsd,qd->qs", bank[rows], part).argmax(-1, keepdim=True))[:, 0])
     work = 1.0 if dim == D else (n * dim + shortlist * D) / (n * D)
     return {"Acc@1": accuracies(train_y[torch.cat(best)], test_y)["accuracy"], "work": work}
 
 
 def fit_linear(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Multinomial logistic regression of y (n,) on x (n, M), in float64 -> W (K, M), bias (K,), the classes (K,).
-    Minimises sum_i CE_i + lambda / 2 ||W||^2, lambda = 100 / (M K), bias free. For K >= 3 this is scikit-learn's
-    LogisticRegression(C=M*K/100); for K = 2 that one fits a single vector, and the same objective is C=2*M*K/100."""
+    """Logistic regression of y (n,) on x (n, M), in float64 -> W (K, M), bias (K,), classes (K,): minimises sum_i CE_i
+    + lambda / 2 ||W||^2, lambda = 100 / (M K), bias free: scikit-learn's with C = M K / 100, for K = 2 twice that."""
     classes, y = y.unique(return_inverse=True)
     (n, M), K, mean = x.shape, len(classes), x.double().mean(0)
     x, decay = x.double() - mean, 100 / (M * K * n)  # everything divided by n
@@ -111,8 +114,7 @@ def fit_linear(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     P = U / curvature.sqrt()
     z = x @ P
     V, bias = (torch.zeros(rows, K, dtype=torch.float64, requires_grad=True) for rows in (M, 1))
-    stop = {"max_iter": 5000, "max_eval": 10000, "tolerance_grad": 1e-7, "tolerance_change": 1e-13}
-    optimizer = torch.optim.LBFGS([V, bias], history_size=100, line_search_fn="strong_wolfe", **stop)
+    optimizer = torch.optim.LBFGS([V, bias], max_iter=5000, tolerance_change=1e-13, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
         optimizer.zero_grad()
@@ -131,8 +133,7 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     return accuracies(classes[(test_x.double() @ W.T + bias).argmax(-1)], test_y)
 
 
-def overlap(confusion: Tensor) -> dict[str, float]:
-    """mIoU and Dice, means over the classes that occur, from pixel counts (K, K), rows the truth, columns predicted."""
+def overlap(confusion: Tensor) -> dict[str, float]:  # of pixel counts (K, K): rows the truth, columns predicted
     hits, sizes = confusion.diagonal().double(), (confusion.sum(0) + confusion.sum(1)).double()
     metrics = {"mIoU": hits / (sizes - hits), "Dice": 2 * hits / sizes}
     return {name: values[sizes > 0].mean().item() for name, values in metrics.items()}
@@ -166,7 +167,7 @@ def evaluate(models: dict, train: Dataset, test: Dataset, tasks: list[str]) -> l
         seen = [
             {(k, kind): embed(models[k][0], batch["image"], kind=kind) for k in models for kind in {*labels.values()}}
             | {label: batch[label] for label in labels}
-            for batch in read(tiles, split)
+            for batch in batches(tiles, range(len(tiles)), 64, WORKERS, label=f"embedding {split}")
         ]
         x = {key: x.get(key, {}) | {split: torch.cat([part[key] for part in seen])} for key in seen[0]}
     for name, (model, dims) in models.items():
@@ -175,24 +176,21 @@ def evaluate(models: dict, train: Dataset, test: Dataset, tasks: list[str]) -> l
             scores = {label: {} for label in labels}
             for label, task in ((label, task) for label, kind in labels.items() for task in fits[kind]):
                 z, y = x[name, labels[label]], x[label]
-                run, z = (partial(TASKS[task], dim=m), z) if task == "adaptive" else (TASKS[task], truncate(z, m))
-                scores[label][task] = run(z["train"], y["train"], z["test"], y["test"])
+                z, dim = (z, {"dim": m}) if task == "adaptive" else (truncate(z, m), {})  # adaptive takes it whole
+                scores[label][task] = TASKS[task](z["train"], y["train"], z["test"], y["test"], **dim)
             n = {split: len(y) for label in labels for split, y in x[label].items()}
             rows.append({"model": name, "parameters": parameters, "dim": m, "n": n, "scores": scores})
     return rows
 
 
-def table(rows: list[dict], label: str) -> str:
-    """Aligned text, in per cent: a line for each model and dim, a column for each task and metric."""
-    columns = [(task, metric) for task, scores in rows[0]["scores"][label].items() for metric in scores]
-    first = {task: metric for task, metric in reversed(columns)}  # of each task's columns
-    width = max(34, *(len(row["model"]) for row in rows)) + 2
-    tasks = "".join(f"{task if first[task] == metric else '':>10}" for task, metric in columns)
-    metrics = "".join(f"{metric.removesuffix('_accuracy'):>10}" for _, metric in columns)
+def table(rows: list[dict], label: str) -> str:  # aligned text, in per cent: a line for each model and dim
+    scores, width = rows[0]["scores"][label], max(34, *(len(row["model"]) for row in rows)) + 2
+    tasks = "".join(f"{task:>10}".ljust(10 * len(scores[task])) for task in scores)
+    metrics = "".join(f"{metric.removesuffix('_accuracy'):>10}" for task in scores for metric in scores[task])
     head = f"{label}, %, {rows[0]['n']['train']} tiles to learn from, {rows[0]['n']['test']} to test"
     lines = [f"{head:{width + 16}}{tasks}", f"{'model':{width}}parameters   dim{metrics}"]
     for row in rows:
-        values = "".join(f"{100 * row['scores'][label][task][metric]:>10.1f}" for task, metric in columns)
+        values = "".join(f"{100 * value:>10.1f}" for task in row["scores"][label].values() for value in task.values())
         lines.append(f"{row['model']:{width}}{row['parameters'] / 1e6:>8.3f} M{row['dim']:>6}{values}")
     return "\n".join(lines)
 
@@ -200,15 +198,13 @@ def table(rows: list[dict], label: str) -> str:
 def report(models: dict, runs: list[Path], root: str | None, seed: int, tasks=tuple(TASKS)) -> list[dict]:
     """Evaluate on a labelled folder or on synthetic tissue; print; add to each run's results.json; draw its figures."""
     title, name = root or "synthetic tissue", re.sub(r"\W+", "-", root or "synthetic tissue").strip("-") or "data"
-    files, rows, unreadable = data.labelled_files(root) if root else {"train": "bank", "test": "test"}, [], set()
-    folders = {run if run.is_dir() else run.parent for run in runs}
+    folders, rows, unreadable = {run if run.is_dir() else run.parent for run in runs}, [], set()
+    splits = data.labelled_files(root).values() if root else ("bank", "test")
     sizes = {k: m.backbone.img_size if isinstance(m, Student) else m.card_size for k, (m, _) in models.items()}
     for size in dict.fromkeys(sizes.values()):  # each model sees tiles of its own size
         group = {key: models[key] for key in models if sizes[key] == size}
-        if root:
-            tiles = [data.CentreTiles(root, size, *listed) for listed in files.values()]
-        else:
-            tiles = [Subset(data.TissueTiles(stream, seed, size), range(N_TILES)) for stream in files.values()]
+        drawn = range(N_TILES)
+        tiles = [CentreTiles(root, size, *x) if root else Subset(TissueTiles(x, seed, size), drawn) for x in splits]
         rows += evaluate(group, *tiles, tasks)
         unreadable |= {path for split in tiles for path in getattr(split, "unreadable", [])}
         for folder in folders:
@@ -226,7 +222,7 @@ def report(models: dict, runs: list[Path], root: str | None, seed: int, tasks=tu
             results = json.dumps({**earlier, title: result | {"rows": rows}}, indent=1).encode()
         except (TypeError, ValueError) as error:
             raise InputError(f"{file} cannot be read: {error}; move it") from None
-        data.save_atomically(results, file, lambda content, out: out.write(content))
+        save_atomically(results, file, lambda content, out: out.write(content))
         print(f"{file} and pictures beside it: {title}{', instead of its earlier rows' if title in earlier else ''}")
         draw_curves(rows, folder / "log.jsonl", folder / f"curves-{name}.png")
     return rows
@@ -249,19 +245,17 @@ def draw_curves(rows: list[dict], log: Path, file: Path) -> None:
         for term, dim in ((term, dim) for term, values in line["terms"].items() for dim in values if "cos" in term):
             panels["cosine to the teacher"][f"{term}, {dim} channels"][line["step"]] = line["terms"][term][dim]
     figure, dims = Figure(figsize=(5 * len(panels), 4), layout="constrained"), sorted({row["dim"] for row in rows})
+    scale = {"xlabel": "channels", "xscale": "log", "xticks": dims, "xticklabels": dims}
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for label, points in lines.items():  # a teacher is not cut: a level line
             xs, style = (list(points), ".-") if len(points) > 1 else ([dims[0], dims[-1]], "--")
             axes.plot(xs, [*points.values()] * (len(xs) // len(points)), style, label=label)
-        axes.set(title=title, xlabel="channels" if "%" in title else "step", xscale="log" if "%" in title else "linear")
-        if "%" in title:
-            axes.set_xticks(dims, dims, minor=False)
+        axes.set(title=title, **(scale if "%" in title else {"xlabel": "step"}))
         axes.legend(fontsize="small")
     figure.savefig(file)
 
 
-def draw_patches(models: dict, tiles: Dataset, file: Path) -> None:
-    """A row a tile: the tile, then each model's patch tokens, their first three principal components as RGB."""
+def draw_patches(models: dict, tiles: Dataset, file: Path) -> None:  # a row a tile: it, then its tokens' PCA as RGB
     images = torch.stack([tiles[k]["image"] for k in range(min(4, len(tiles)))])
     columns = {"tile": images / 255}
     for name, (model, _) in models.items():
@@ -271,7 +265,7 @@ def draw_patches(models: dict, tiles: Dataset, file: Path) -> None:
         colours = ((colours - low) / (high - low).clamp(min=1e-9)).clamp(0, 1).transpose(1, 2)
         columns[name] = colours.unflatten(2, (math.isqrt(z.shape[1]), -1))
     cells = torch.stack([F.interpolate(column, (224, 224)) for column in columns.values()], 1).flatten(0, 1)
-    sheet = TF.to_pil_image(make_grid(cells, nrow=len(columns), padding=4, pad_value=1))
+    sheet = transforms.functional.to_pil_image(utils.make_grid(cells, nrow=len(columns), padding=4, pad_value=1))
     for i, name in enumerate(columns):
         ImageDraw.Draw(sheet).text((10 + 228 * i, 8), name, "black", stroke_width=2, stroke_fill="white")
     sheet.save(file)
@@ -299,9 +293,8 @@ def main() -> None:
     for run in args.runs:
         student, config = load_student(run, device)
         width = student.backbone.width
-        for flag, dim in (("--dims", args.dims and args.dims[-1]), ("--dim", args.dim)):
-            if dim and dim > width:
-                raise InputError(f"{flag}: {dim} is above the width of {run}; give at most {width}")
+        if (dim := max([args.dim or 0, *(args.dims or [])])) > width:
+            raise InputError(f"--dims, --dim: {dim} is above the width of {run}; give at most {width}")
         if config["step"] < config["steps"]:
             print(f"note: {run} has done {config['step']} of its {config['steps']} steps")
         models[run] = (student, args.dims or student.nested_dims)
@@ -311,22 +304,23 @@ def main() -> None:
         if Path(args.out).exists():
             raise InputError(f"--out: {args.out} exists; choose another name, or remove it")
         if args.embed:  # embeddings (n, dim), paths (n,) of the readable tiles, and what made them
-            tiles = data.CentreTiles(args.embed, student.backbone.img_size, data.list_tiles(args.embed, "--embed"))
+            files, top = data.list_tiles(args.embed, "--embed"), data.top_and_roots(args.embed)[0]
+            tiles = CentreTiles(top, student.backbone.img_size, files)
             dim, paths = args.dim or width, []
             embeddings = np.empty((len(tiles), dim), np.float16 if args.half else np.float32)
-            for batch in read(tiles, args.embed):
+            for batch in batches(tiles, range(len(tiles)), 64, WORKERS, label=f"embedding {args.embed}"):
                 features = truncate({"summary": embed(student, batch["image"])}, dim)["summary"]
                 embeddings[len(paths) : len(paths) + len(features)] = features
                 paths += [tiles.files[i] for i in batch["index"]]
             licences = [f"{name}: {text}" for name, text in (config.get("licences") or config["teachers"]).items()]
             content = {"embeddings": embeddings[: len(paths)], "paths": paths, "dim": dim, "licences": licences}
             content |= {"model": config["student"], "step": config["step"]}
-            data.save_atomically(content, args.out, lambda content, file: np.savez(file, **content))
+            save_atomically(content, args.out, lambda content, file: np.savez(file, **content))
             return print(f"{len(paths)} embeddings of {dim} channels in {args.out}; licences: {'; '.join(licences)}")
         state = student.backbone.state_dict()  # where the last norm is zero the ViT gives zeros, in timm too
         state["norm.weight"][args.dim :], state["norm.bias"][args.dim :] = 0, 0
         config["nested_dims"] = [m for m in config["nested_dims"] if m < args.dim] + [args.dim]
-        data.save_atomically({"state_dict": state, "config": config}, args.out)
+        save_atomically({"state_dict": state, "config": config}, args.out)
         return print(f"{args.out}: the student cut to {args.dim} channels; the others are zero")
     for name in [x for x in config["teachers"] if x in OFFLINE] if args.teachers is None else args.teachers:
         teacher = load_teacher(name, args.weights_dir, device, **config["teacher_recipe"])

@@ -2,30 +2,29 @@
 
     python teachers.py                every teacher: size, tile, normalisation, gate, where its weights are, licence
     python teachers.py uni tile.png   load one and embed a tile: are access, file and memory in order before a long run?
-
-Place in the data flow:  data.py -> student.py and [ teachers.py ] -> losses.py -> train.py -> evaluate.py
     teacher(images in [0, 1]) -> {"summary": CLS (B, D_t), "patches": (B, N, D_t)}, resampled to the student's grid
     teacher.embed(images)     -> the embedding that the model's card recommends, for evaluating the teacher itself
-`TEACHERS` has one entry a teacher, from its card. Every one is the ViT of student.py, whose `load_published` takes each
-published layout, strictly. Offline teachers are trained on first use with one of the labels of synthetic tissue."""
+`TEACHERS` has one entry a teacher, from its card; every one is the ViT of student.py, loaded strictly."""
 
 import argparse
 import importlib.util
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
-import data
-from data import CELLS, TASKS, TISSUES, InputError, progress
+import student
+from data import CELLS, TASKS, TISSUE_VERSION, TISSUES, InputError, TissueTiles, open_tile, progress, save_atomically
 from student import IMAGENET, P14, REG4, VIT_B, VIT_S, VisionTransformer, load_published, millions, normalise, to_float
 
 
@@ -42,7 +41,7 @@ class TeacherSpec:
     interpolation: str = "bicubic"  # of that resize
     patch_mean: bool = False  # the card's embedding is CLS and the mean of patches, not CLS alone
     antialias: bool = True  # in the authors' resampling of pos_embed, where the file has another grid
-    task: str = ""  # offline teachers: the label of synthetic tissue that it knows, of data.TASKS
+    task: str = ""  # offline teachers: the label of synthetic tissue that it knows, of TASKS
 
 
 P16, NO_SCALE = {"img_size": 224, "patch_size": 16}, {"layer_scale": False}
@@ -91,6 +90,7 @@ TEACHERS = {
     "toy_tissue": TeacherSpec(VIT_TOY, **DRAWN, task="tissue"),
 }
 OFFLINE = [name for name, spec in TEACHERS.items() if spec.task]
+MADE_HERE = f"{{}}-v{TISSUE_VERSION}-{{}}-{{}}.pt"  # a file a recipe, so that a run with a tiny budget poisons no other
 
 
 class Teacher(nn.Module):
@@ -106,14 +106,10 @@ class Teacher(nn.Module):
             self.register_buffer(key, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.eval()
 
-    def train(self, mode: bool = True) -> "Teacher":
-        return super().train(False)  # frozen: whoever calls train() on a parent module does not change a teacher
-
     @torch.no_grad()
     def forward(self, images: Tensor, grid: int | None = None) -> dict[str, Tensor]:
         """Images (B, 3, S, S), uint8 or in [0, 1] -> {"summary": (B, D_t), "patches": (B, N, D_t)}, N = grid * grid.
-        Images are resized (bicubic, antialiased); ValueError if not square. Patches are resampled (bilinear) to `grid`,
-        the student's, so that patch i of teacher and student is the same piece of tissue."""
+        `grid` is the student's: patch i of both is the same piece of tissue. ValueError: images that are not square."""
         images, size = to_float(images), self.vit.img_size
         if images.shape[-2] != images.shape[-1]:  # resizing would distort them
             raise ValueError(f"images of {tuple(images.shape[-2:])} px are not square; crop them, or use embed")
@@ -122,22 +118,18 @@ class Teacher(nn.Module):
         # the weights' dtype is the compute dtype: a frozen model needs no fp32 master copy and no autocast
         tokens = self.vit.split(self.vit(normalise(images, self.mean, self.std).to(self.vit.norm.weight.dtype)))
         if grid and grid != self.grid:
-            patches = tokens["patches"].float().transpose(1, 2)  # (B, D_t, N)
-            patches = F.interpolate(patches.unflatten(2, (self.grid, self.grid)), (grid, grid), mode="bilinear")
-            tokens["patches"] = patches.flatten(2).transpose(1, 2)  # (B, grid * grid, D_t)
+            patches = tokens["patches"].float().transpose(1, 2).unflatten(2, (self.grid, -1))  # (B, D_t, grid, grid)
+            tokens["patches"] = F.interpolate(patches, (grid, grid), mode="bilinear").flatten(2).transpose(1, 2)
         return tokens
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), uint8 or in [0, 1] -> the card's embedding (B, embed_dim), as its authors evaluate it.
-        CLS, or CLS and the mean of patches, of the card's resize and crop. InputError: tiles enlarged over 4 times."""
+        """Images (B, 3, H, W), uint8 or in [0, 1] -> the card's embedding (B, embed_dim). InputError: far too small."""
         (height, width), size, mode = images.shape[-2:], self.vit.img_size, self.spec.interpolation
         if 4 * min(height, width) < size:
-            need = f"{self.name}; give {size // 4} px or more a side (the card: {self.spec.tile} microns per pixel)"
-            raise InputError(f"a tile of {width} x {height} px is too small for {need}")
+            raise InputError(f"{self.name}: a tile of {width} x {height} px is too small; give {size // 4} px or more")
         images = to_float(TF.resize(images, self.spec.resize or size, TF.InterpolationMode(mode)))  # antialiased
-        tokens = self(TF.center_crop(images.clamp(0, 1), size))  # bicubic overshoots
-        parts = [tokens["summary"], tokens["patches"].mean(1)] if self.spec.patch_mean else [tokens["summary"]]
-        return torch.cat(parts, -1)
+        summary, patches = self(TF.center_crop(images.clamp(0, 1), size)).values()  # bicubic overshoots
+        return torch.cat([summary, patches.mean(1)] if self.spec.patch_mean else [summary], -1)
 
 
 def check_names(names: list[str]) -> None:
@@ -167,14 +159,11 @@ def find_weights(names: list[str], weights_dir: str | Path = "weights", fetch: b
         local = [Path(weights_dir) / f"{name}.{suffix}" for suffix in ("safetensors", "bin", "pth", "pt")]
         path = next((path for path in local if path.exists()), None)
         if path is None and hub and spec.repo:
-            path = hub.try_to_load_from_cache(spec.repo, spec.file)
-            if not isinstance(path, str) and fetch and "LocalEntryNotFound" not in why:  # out of reach: not tried again
-                print(f"looking for {spec.file} of {spec.repo} on Hugging Face", flush=True)
-                try:
-                    path = hub.hf_hub_download(spec.repo, spec.file)
-                except Exception as error:  # noqa: BLE001 - gated, offline, disk full: many types, and the same remedy
-                    why = f"fetching failed: {type(error).__name__}"
-        if isinstance(path, str | Path):
+            try:  # in its cache, or fetched; where Hugging Face is out of reach, it is asked but once
+                path = hub.hf_hub_download(spec.repo, spec.file, local_files_only=not fetch or "LocalEntry" in why)
+            except Exception as error:  # noqa: BLE001 - gated, offline, disk full: many types, and the same remedy
+                why = f"fetching failed: {type(error).__name__}"
+        if path:
             found[name] = Path(path)
         elif fetch:
             access = "open" if spec.gate == "open" else f"{spec.gate}: request access on its page, then hf auth login"
@@ -188,15 +177,12 @@ def find_weights(names: list[str], weights_dir: str | Path = "weights", fetch: b
 def load_teacher(name: str, weights_dir="weights", device="cpu", dtype=torch.float32, steps=500, seed=0) -> Teacher:
     """A frozen teacher computing in `dtype`; offline ones are trained on first use. InputError: no or unfit weights."""
     check_names([name])
-    spec = TEACHERS[name]
-    if spec.task:
-        # one file a recipe, so that a run with a tiny budget poisons no other
-        path = Path(weights_dir) / f"{name}-v{data.TISSUE_VERSION}-{steps}-{seed}.pt"
-        if not path.exists():
-            Path(weights_dir).mkdir(parents=True, exist_ok=True)  # better refused before the training than after it
-            data.save_atomically(train_offline_teacher(name, steps, seed, device), path)
-    else:
+    spec, path = TEACHERS[name], Path(weights_dir) / MADE_HERE.format(name, steps, seed)
+    if not spec.task:
         path = find_weights([name], weights_dir)[name]
+    elif not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)  # better refused before the training than after it
+        save_atomically(train_offline_teacher(name, steps, seed, device), path)
     with torch.device("meta"):
         vit = VisionTransformer(**spec.arch)
     source = f"{path}, which should be {f'{spec.file} of {spec.repo}' if spec.repo else name},"
@@ -204,10 +190,29 @@ def load_teacher(name: str, weights_dir="weights", device="cpu", dtype=torch.flo
     return Teacher(name, vit).to(device)
 
 
+def open_cache(folder: str, made_from: dict, row: np.dtype, n: int) -> np.memmap:
+    """train.py --cache: memory-mapped outputs (n,), a `row` each. InputError: no space, not made from `made_from`."""
+    record, outputs, size = Path(folder) / "made_from.pt", Path(folder) / "outputs", n * row.itemsize
+    if not record.exists():
+        free = shutil.disk_usage(next(path for path in record.absolute().parents if path.exists())).free
+        print(f"--cache: the teachers' outputs on {n} tiles take {size / 1e9:.3g} GB; {folder} has {free / 1e9:.3g} GB")
+        if size > free:
+            raise InputError(f"--cache: {folder} lacks {(size - free) / 1e9:.3g} GB; take fewer tiles or another disk")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with open(outputs, "xb") as file:  # never over a file that is there
+            os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
+        save_atomically(made_from, record)
+    then = student.read_weights(record) | {"bytes": outputs.stat().st_size}
+    for what, now in (made_from | {"bytes": size}).items():
+        if then.get(what) != now:
+            raise InputError(f"--cache: {folder} was made with {what} {then.get(what)}, now {now}; give another folder")
+    return np.memmap(outputs, row, "r+" if os.access(outputs, os.W_OK) else "r")
+
+
 def train_offline_teacher(name: str, steps: int, seed: int, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Supervised training on one label of synthetic tissue -> the ViT's state dict, on the CPU."""
     spec, batch_size, lr = TEACHERS[name], 32, 1e-3
-    tiles = data.TissueTiles("teacher", seed).draw(min(6144, steps * batch_size))
+    tiles = TissueTiles("teacher", seed).draw(min(6144, steps * batch_size))
     images, labels = tiles["image"].to(device), tiles[spec.task].to(device)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in spec.norm)
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
@@ -228,7 +233,6 @@ def train_offline_teacher(name: str, steps: int, seed: int, device: str | torch.
     return {key: value.cpu() for key, value in vit.state_dict().items()}
 
 
-# the command line, shared by the three scripts
 OneLineParser = partial(  # one-line errors, whole flags only, the module docstring as the manual
     argparse.ArgumentParser, formatter_class=argparse.RawTextHelpFormatter, usage=argparse.SUPPRESS, allow_abbrev=False
 )
@@ -257,23 +261,25 @@ def dim_list(text: str) -> list[int]:
     return sorted({positive(part) for part in text.split(",")})
 
 
-def run_main(main) -> None:
-    """Run a script: what a user can put right ends it with one line on stderr and exit code 2."""
+def run_main(main) -> None:  # what a user can put right ends a script with one line on stderr and exit code 2
     try:
         main()
     except (InputError, OSError) as error:
         remedy = "" if isinstance(error, InputError) else "; mend that, or choose another place"
-        print(f"{os.path.basename(sys.argv[0])}: {error}{remedy}", file=sys.stderr)
-        sys.exit(2)
+        OneLineParser().exit(2, f"{os.path.basename(sys.argv[0])}: {error}{remedy}\n")
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        OneLineParser().exit(1, "train.py: another process was lost, its own messages say why; go on with --resume\n")
     except KeyboardInterrupt:
-        print("interrupted; train.py goes on with --resume, all else has to begin anew", file=sys.stderr)
-        sys.exit(130)
+        OneLineParser().exit(
+            130, "interrupted; a run goes on with --resume, a cache with the same command, all else begins anew\n"
+        )
 
 
 def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.device, torch.dtype]:
     """--device, or the best at hand (on CUDA the GPU of this process), and the compute dtype of --precision on it."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    name = best if name is None else name
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         if name.split(":")[0] not in ("cpu", "cuda", "mps"):
             raise RuntimeError
@@ -309,11 +315,9 @@ def main() -> None:
             print(f"{line}  mean {mean}  std {std}  access {spec.gate}\n{'':14}{where}; licence {spec.licence}")
         return
     check_names([args.name])
-    if args.tile is None:
-        raise InputError(f"TILE: give an image to embed: python teachers.py {args.name} tile.png")
     device, dtype = choose_device(args.device, args.precision)
-    if (image := data.open_tile(args.tile)) is None:
-        raise InputError(f"{args.tile} does not exist, or cannot be read; give a png, jpg, tif, bmp or webp of 8 bits")
+    if not args.tile or (image := open_tile(args.tile)) is None:
+        raise InputError(f"TILE: {args.tile} is no image that can be read; give a png, jpg, tif, bmp or webp of 8 bits")
     began, teacher = time.monotonic(), load_teacher(args.name, args.weights_dir, device, dtype)
     loaded = time.monotonic()
     z = teacher.embed(TF.pil_to_tensor(image)[None].to(device)).float().cpu()  # (1, embed_dim)
