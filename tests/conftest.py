@@ -1,8 +1,10 @@
 """Shared by all tests: the repo on the path, a missing oracle that says so, tiny teachers, tiny folders of tiles."""
 
 import importlib
+import io
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -50,3 +52,17 @@ def write_tiles(folder: Path, n: int, size: tuple[int, int] = (96, 80), suffix: 
         paths.append(folder / f"tile_{i:03d}.{suffix}")
         Image.fromarray(pixels).save(paths[-1])
     return paths
+
+
+def write_shard(path: Path, files: dict[str, bytes], neighbours: bool = True, **options) -> Path:
+    """A tar of files, each between the .cls and .json of its name that WebDataset puts beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as shard:
+        for name, content in files.items():
+            stem = name[: name.rfind(".")]
+            beside = {f"{stem}.cls": b"3", name: content, f"{stem}.json": b'{"slide": 1}'}
+            for member, text in beside.items() if neighbours else [(name, content)]:
+                info = tarfile.TarInfo(member)
+                info.size = len(text)
+                shard.addfile(info, io.BytesIO(text))
+    return path

@@ -107,7 +107,7 @@ def labelled(tiles: str, size: int = 64) -> tuple[dict[str, Tensor], dict[str, d
     """{split: images (n, 3, size, size)}, {split: {"class": (n,)}} of a labelled folder."""
     images, labels = {}, {}
     for split, (files, targets) in data.labelled_files(tiles).items():
-        found = data.CentreTiles(tiles, size, files, targets)
+        found = evaluate.CentreTiles(tiles, size, files, targets)
         images[split] = torch.stack([found[k]["image"] for k in range(len(found))])
         labels[split] = {"class": torch.tensor(targets["class"])}
     return images, labels

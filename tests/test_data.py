@@ -1,18 +1,24 @@
 """Sample k is a function of (seed, k) alone; tiles are read as Pillow reads them; unreadable ones are counted."""
 
+import bz2
+import gzip
 import hashlib
 import io
+import os
+import re
+import shutil
+import tarfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiles
+from conftest import write_shard, write_tiles
 from PIL import Image
 
 import data
 from data import (
-    CachedTiles,
-    CentreTiles,
     FolderTiles,
     InputError,
     TissueTiles,
@@ -20,6 +26,7 @@ from data import (
     draw_tissue,
     labelled_files,
 )
+from evaluate import CentreTiles
 
 
 def samples(dataset, ks, workers=0, batch_size=4):
@@ -68,20 +75,6 @@ def test_a_view_is_a_piece_of_the_tile_at_native_scale_in_all_eight_poses(tmp_pa
     assert poses == set(range(8)) and len(corners) > 40
 
 
-def test_cached_tiles_keep_images_and_outputs_together():
-    images = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(100, 3, 4, 4)
-
-    def teach(chunk):
-        first = chunk[:, 0, 0, 0].float() + 0.1  # 0.1 is no fp16 number
-        return {"a": {"summary": first[:, None], "patches": first[:, None, None].expand(-1, 5, 2)}}
-
-    batch = next(iter(batches(CachedTiles(images, teach, seed=1), range(100), 100)))
-    assert sorted(batch["image"][:, 0, 0, 0].tolist()) == list(range(100))
-    for kind in ("summary", "patches"):
-        outputs = batch["outputs"]["a"][kind]
-        assert torch.equal(outputs.flatten(1)[:, 0], (batch["image"][:, 0, 0, 0].float() + 0.1).half())
-
-
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp", "PNG"])
 def test_formats(tmp_path, suffix):
     path = write_tiles(tmp_path / "deep" / "er", 1, suffix=suffix)[0]
@@ -120,17 +113,13 @@ def test_16_bit_grey_is_refused_and_not_clipped_to_white(tmp_path, mode):
     assert data.open_tile(tmp_path / "x.tif") is None
 
 
-def test_small_tiles_are_enlarged_and_named(tmp_path):
+def test_small_tiles_are_enlarged_and_one_is_named(tmp_path, capsys):
     write_tiles(tmp_path / "large", 3, (70, 70))
     write_tiles(tmp_path / "small", 2, (40, 90))
     dataset = FolderTiles(tmp_path, 64, 0)
     assert samples(dataset, range(5)).shape == (5, 3, 64, 64)
-    assert sorted(dataset[k]["small"] for k in range(5)) == [
-        "",
-        "",
-        "",
-        *sorted(map(str, (tmp_path / "small").iterdir())),
-    ]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1 and warnings[0].startswith(f"warning: {tmp_path / 'small'}/tile_00")
 
 
 def broken_files():
@@ -167,9 +156,9 @@ def test_a_folder_of_nothing_but_broken_tiles_does_not_hang(tmp_path):
 
 
 def test_empty_and_missing_folders(tmp_path):
-    with pytest.raises(InputError, match=f"--data: {tmp_path} has no images "):
+    with pytest.raises(InputError, match=f"--data: {tmp_path} holds no images "):
         FolderTiles(tmp_path, 64, 0)
-    with pytest.raises(InputError, match="--data: .*nowhere is not a folder"):
+    with pytest.raises(InputError, match="--data: .*nowhere is no folder of images and no tar shard"):
         FolderTiles(tmp_path / "nowhere", 64, 0)
 
 
@@ -179,6 +168,295 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
     (tmp_path / "tiles" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "tiles" / "circle").symlink_to(tmp_path / "tiles")
     assert data.list_tiles(tmp_path / "tiles") == [f"linked/tile_00{i}.png" for i in range(3)]
+
+
+# ---- tar shards and the index of tiles -----------------------------------------------------------------------------
+FORMATS = {"gnu.tar": tarfile.GNU_FORMAT, "pax.tar": tarfile.PAX_FORMAT, "ustar.tar": tarfile.USTAR_FORMAT}
+NAMES = ["plain.png", "b c/with spaces.jpg", "ü/Gewebe é 組織.png", "b c/upper.JPG", "deep/er/x.tar/12+34.png"]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards of six tiles each, as WebDataset writes them, in a folder of their own."""
+    paths = write_tiles(tmp_path / "loose", 12, (64, 64))
+    write_shard(tmp_path / "shards" / "a.tar", {path.name: path.read_bytes() for path in paths[:6]})
+    write_shard(tmp_path / "shards" / "b.tar", {path.name: path.read_bytes() for path in paths[6:]})
+    settle()
+    return tmp_path / "shards"
+
+
+def settle():
+    """What changed within 20 ms is not yet indexed: more may be on its way."""
+    time.sleep(0.04)
+
+
+def names_of(tiles):
+    """The members' own names, of SHARD.tar/OFFSET+SIZE/NAME."""
+    return sorted(re.fullmatch(r"[^/]+\.tar/\d+\+\d+/(.+)", tile)[1] for tile in tiles)
+
+
+def unopened(*_, **__):
+    raise AssertionError("everything was read again")
+
+
+@pytest.mark.parametrize("shard", FORMATS)
+def test_a_shards_pixels_are_those_of_the_same_files_in_a_folder(tmp_path, shard):
+    names = NAMES + ([] if "ustar" in shard else [f"long {'n' * 130}/{'m' * 130}.png"])  # a header of its own
+    names += ["left/" * 25 + "ustar.png"]  # over 100 characters: ustar splits it
+    for i, name in enumerate(names):
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (70 + i, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path, quality=90)
+    files = {name: (tmp_path / "folder" / name).read_bytes() for name in names}
+    pax = {"pax_headers": {"comment": "ü" * 600}} if "pax" in shard else {}
+    write_shard(tmp_path / "shards" / shard, files, format=FORMATS[shard], **pax)
+    tiles = data.list_tiles(tmp_path / "shards")
+    assert names_of(tiles) == sorted(names) == data.list_tiles(tmp_path / "folder")
+    for tile in tiles:
+        name, opened = re.fullmatch(rf"{shard}/\d+\+\d+/(.+)", tile)[1], data.open_tile(tmp_path / "shards" / tile)
+        assert np.array_equal(np.array(opened), np.array(Image.open(tmp_path / "folder" / name))), name
+
+
+@pytest.mark.parametrize("name", ["._x.jpg", "sub/._x.jpg", "./._x.jpg"])
+def test_hidden_members_of_a_shard_are_left_out_as_hidden_files_are(tmp_path, name):
+    good = write_tiles(tmp_path / "loose", 1)[0].read_bytes()
+    write_shard(tmp_path / "shards" / "a.tar", {name: b"\0\5\26\7 macOS keeps attributes here", "x.jpg": good})
+    assert names_of(data.list_tiles(tmp_path / "shards")) == ["x.jpg"]
+
+
+def test_links_folders_and_other_kinds_of_members_are_no_tiles(tmp_path):
+    good = write_tiles(tmp_path / "loose", 1)[0].read_bytes()
+    write_shard(tmp_path / "a.tar", {"x.png": good})
+    with tarfile.open(tmp_path / "a.tar", "a") as shard:
+        for kind, name in ((tarfile.DIRTYPE, "dir.png"), (tarfile.SYMTYPE, "link.png"), (tarfile.FIFOTYPE, "pipe.png")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "x.png"
+            shard.addfile(member)
+    assert names_of(data.list_tiles(tmp_path / "a.tar")) == ["x.png"]
+
+
+def test_a_member_whose_name_looks_like_a_place_in_a_shard_is_read(tmp_path):
+    path = write_tiles(tmp_path / "loose", 1)[0]
+    write_shard(tmp_path / "shards" / "a.tar", {"y.tar/12+34/x.png": path.read_bytes()})
+    opened = data.open_tile(tmp_path / "shards" / data.list_tiles(tmp_path / "shards")[0])
+    assert opened is not None and np.array_equal(np.array(opened), np.array(Image.open(path)))
+
+
+def test_the_order_of_shards_is_reproducible_and_an_epoch_visits_each_tile_once(tmp_path, shards):
+    whole, straight = data.list_tiles(shards), samples(FolderTiles(shards, 64, 3), range(24))
+    assert len(whole) == 12 and whole == sorted(whole)
+    shutil.copytree(shards, tmp_path / "elsewhere", copy_function=shutil.copyfile)  # other times and inodes
+    a, b = str(shards / "a.tar"), str(shards / "b.tar")
+    for given in (tmp_path / "elsewhere", [b, a], [str(shards)], [str(shards / "*.tar")], f"{shards}/[ab].tar"):
+        assert data.list_tiles(given) == whole, given
+        assert torch.equal(samples(FolderTiles(given, 64, 3), range(24), workers=0), straight)
+    assert torch.equal(samples(FolderTiles(shards, 64, 3), range(13, 24), workers=2), straight[13:])
+    sums = straight.flatten(1).sum(1).tolist()  # a view of 64 px is the whole tile, flipped or turned
+    assert len(set(sums[:12])) == 12 and sorted(sums[:12]) == sorted(sums[12:]) and sums[:12] != sums[12:]
+    assert names_of(data.list_tiles(a)) == [f"tile_{i:03d}.png" for i in range(6)]
+
+
+def test_nothing_is_listed_twice(shards):
+    whole = data.list_tiles(shards)
+    assert data.list_tiles([str(shards), str(shards)]) == whole
+    assert data.list_tiles([str(shards / "a.tar"), str(shards / "*.tar")]) == whole
+    assert data.list_tiles([str(shards), str(shards / "a.tar")]) == whole
+
+
+def test_images_beside_shards_win(tmp_path, shards):
+    write_tiles(shards / "images", 2)
+    assert data.list_tiles(shards) == ["images/tile_000.png", "images/tile_001.png"]
+    assert len(data.list_tiles(shards / "a.tar")) == 6
+
+
+def test_a_path_that_exists_is_no_pattern(tmp_path):
+    write_tiles(tmp_path / "tiles1", 1)
+    write_tiles(tmp_path / "tiles[1]", 3)
+    assert len(data.list_tiles(tmp_path / "tiles[1]")) == 3
+
+
+@pytest.mark.parametrize("given", ["gone", "gone.tar", "gone*.tar", "notes.txt", "c.tar.gz"])
+def test_one_unfit_path_among_several_is_refused_by_name(tmp_path, shards, given):
+    (tmp_path / "notes.txt").write_text("no tile")
+    (tmp_path / "c.tar.gz").write_bytes(b"no shard")
+    for others in (shards, tmp_path / "loose"):
+        with pytest.raises(InputError, match=f"--data: .*{re.escape(given)}") as error:
+            data.list_tiles([str(others), str(tmp_path / given)])
+        assert "\n" not in str(error.value)
+
+
+def test_compressed_and_missing_shards_end_in_one_line(tmp_path, shards):
+    whole = (shards / "b.tar").read_bytes()
+    for content in (gzip.compress(whole), bz2.compress(whole), b"no tar at all" * 99, b""):
+        (shards / "b.tar").write_bytes(content)
+        with pytest.raises(InputError, match=r"--data: .*/shards/b\.tar is no whole, uncompressed tar") as error:
+            data.list_tiles(shards)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"--data: .*/shards/c\.tar is no folder of images and no tar shard"):
+        data.list_tiles(shards / "c.tar")
+
+
+@pytest.mark.parametrize("cut", ["in a tile", "in the last tile", "in a header", "between two members"])
+def test_a_truncated_shard_ends_in_one_line(tmp_path, shards, cut):
+    with tarfile.open(shards / "b.tar") as shard:
+        members = [member for member in shard.getmembers() if member.name.endswith("png")]
+    middle, last = members[3], members[-1]
+    length = {"in a tile": middle.offset_data + 1000, "in the last tile": last.offset_data + last.size - 1}
+    length |= {"in a header": middle.offset + 100, "between two members": middle.offset}
+    with open(shards / "b.tar", "r+b") as file:
+        file.truncate(length[cut])
+    with pytest.raises(InputError, match=r"--data: .*/shards/b\.tar is no whole, uncompressed tar"):
+        data.list_tiles(shards)
+
+
+def test_a_shard_damaged_in_its_middle_ends_in_one_line(shards):
+    with tarfile.open(shards / "b.tar") as shard:
+        middle = [member for member in shard.getmembers() if member.name.endswith("png")][3]
+    with open(shards / "b.tar", "r+b") as file:
+        file.seek(middle.offset)
+        file.write(b"\xff" * 512)
+    with pytest.raises(InputError, match=r"--data: .*/shards/b\.tar is no whole, uncompressed tar"):
+        data.list_tiles(shards)
+
+
+def test_a_corrupt_member_is_skipped_and_named(tmp_path, capsys):
+    good = write_tiles(tmp_path, 1, (64, 64))[0].read_bytes()
+    files = {f"{i:03d}.png": good for i in range(110)}
+    write_shard(tmp_path / "shards" / "a.tar", files | {"broken one.png": good[:2000], "empty.png": b""}, False)
+    write_shard(tmp_path / "shards" / "b.tar", files, False)
+    dataset = FolderTiles(tmp_path / "shards", 64, 0)
+    assert len(dataset.files) == 222
+    images = samples(dataset, range(222), batch_size=32)
+    assert images.flatten(1).float().std(1).min() > 1  # replaced, never the blank
+    warnings = capsys.readouterr().err.strip().splitlines()
+    assert len(warnings) == len(dataset.unreadable) == 2
+    for name in ("broken one.png", "empty.png"):
+        assert sum(f"/{name}'" in line and f"{tmp_path}/shards/a.tar/" in line for line in warnings) == 1
+    (tmp_path / "shards" / "b.tar").unlink()
+    with pytest.raises(InputError, match="over 1 % of 112 tiles are unreadable: .*/a.tar/"):
+        samples(FolderTiles(tmp_path / "shards", 64, 0), range(112))
+
+
+def test_the_index_saves_the_reading_until_a_shard_changes(tmp_path, shards, monkeypatch):
+    spare, index = tmp_path / "run", tmp_path / "shards.index"
+    data.list_tiles(shards)
+    assert not index.exists()  # without `spare`: evaluate.py writes nothing beside what it reads
+    first = data.list_tiles(shards, spare=spare)
+    assert index.exists() and not spare.exists() and first == data.list_tiles(shards)
+
+    def kept():
+        with monkeypatch.context() as patch:
+            patch.setattr(tarfile, "open", unopened)
+            return data.list_tiles(shards, spare=spare)
+
+    assert kept() == first
+    good = write_tiles(tmp_path / "loose", 1)[0].read_bytes()
+    with tarfile.open(shards / "a.tar", "a") as shard:  # a member appended
+        member = tarfile.TarInfo("appended.png")
+        member.size = len(good)
+        shard.addfile(member, io.BytesIO(good))
+    settle()
+    with pytest.raises(AssertionError, match="read again"):
+        kept()
+    assert len(data.list_tiles(shards, spare=spare)) == 13 and len(kept()) == 13
+    write_shard(shards / "sub" / "c.tar", {"new.png": good})  # a shard added in a new folder, then beside that one
+    assert len(data.list_tiles(shards, spare=spare)) == 14
+    write_shard(shards / "sub" / "d.tar", {"new.png": good})
+    settle()
+    assert len(data.list_tiles(shards, spare=spare)) == 15 and len(kept()) == 15
+    (shards / "sub" / "c.tar").unlink()
+    assert len(data.list_tiles(shards, spare=spare)) == 14
+    shutil.copystat(shards / "a.tar", shards / "b.tar")  # the same bytes with another time: read again, to be sure
+    with pytest.raises(AssertionError, match="read again"):
+        kept()
+    data.list_tiles(shards, spare=spare)
+    write_tiles(shards, 2)  # images now win
+    assert data.list_tiles(shards, spare=spare) == ["tile_000.png", "tile_001.png"]
+
+
+def test_shards_given_one_by_one_have_an_index_too(tmp_path, shards, monkeypatch):
+    a, both = str(shards / "a.tar"), [str(shards / "a.tar"), str(shards / "b.tar")]
+    assert len(data.list_tiles(a, spare=tmp_path / "run")) == 6
+    assert len(data.list_tiles(both, spare=tmp_path / "run")) == 12  # not the index of a.tar alone
+    monkeypatch.setattr(tarfile, "open", unopened)
+    assert len(data.list_tiles(both, spare=tmp_path / "run")) == 12
+    assert len(data.list_tiles(f"{shards}/*.tar", spare=tmp_path / "run")) == 12
+
+
+DAMAGED = ["", "half", "null", "[]", '"text"', "{}", '{"roots": [], "stamps": {}, "tiles": []}', b"\xff\xfe\0"]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_index_is_made_anew(tmp_path, shards, content):
+    index = tmp_path / "shards.index"
+    first, good = data.list_tiles(shards, spare=tmp_path / "run"), index.read_bytes()
+    index.write_bytes(
+        good[: len(good) // 2] if content == "half" else content if isinstance(content, bytes) else content.encode()
+    )
+    assert data.list_tiles(shards, spare=tmp_path / "run") == first
+    assert index.read_bytes() == good and not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_index_lies_in_the_run_folder_where_it_cannot_lie_beside_the_tiles(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (str(tmp_path), os.W_OK))  # root may write all
+    first = data.list_tiles(shards, spare=tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["tiles.index"]
+    assert not (tmp_path / "shards.index").exists() and not list(tmp_path.glob("*.tmp"))
+    monkeypatch.setattr(tarfile, "open", unopened)
+    assert data.list_tiles(shards, spare=tmp_path / "run") == first
+
+
+@pytest.mark.parametrize("why", ["a folder in its place", "a read-only mount"])
+def test_where_no_index_can_be_written_the_tiles_are_listed_all_the_same(tmp_path, shards, why):
+    for index in (tmp_path / "shards.index", tmp_path / "run" / "tiles.index"):
+        # on a read-only mount the temporary file can neither be opened nor unlinked (EROFS, even if it is not there)
+        place = index if why == "a folder in its place" else Path(f"{index}.{os.getpid()}.tmp")
+        place.mkdir(parents=True)
+    assert len(data.list_tiles(shards, spare=tmp_path / "run")) == 12
+
+
+def test_folders_of_images_and_of_shards_side_by_side(tmp_path, shards, capsys):
+    loose = tmp_path / "loose"
+    both = data.list_tiles([str(loose), str(shards)])
+    assert len(both) == 24 and capsys.readouterr().err == ""
+    assert samples(FolderTiles([str(shards), str(loose)], 64, 0), range(24)).shape == (24, 3, 64, 64)
+    write_tiles(shards, 2)  # an archive beside its own unpacked tiles would count each twice
+    assert len(data.list_tiles([str(loose), str(shards)])) == 14
+    assert capsys.readouterr().err == f"note: {shards} holds images, so its tar files (2) are left out\n"
+    assert len(data.list_tiles([str(loose), str(shards), str(shards / "a.tar")])) == 20  # named, so it is meant
+
+
+def test_ten_thousand_tiles_in_a_folder_have_an_index(tmp_path, monkeypatch):
+    for i in range(10):
+        (tmp_path / "tiles" / str(i)).mkdir(parents=True)
+        for j in range(1000 - (i == 0)):
+            os.close(os.open(f"{tmp_path}/tiles/{i}/{j}.png", os.O_CREAT))
+    index = tmp_path / "tiles.index"
+    assert len(data.list_tiles(tmp_path / "tiles", spare=tmp_path / "run")) == 9999 and not index.exists()
+    for n in (10_000, 10_001):
+        (tmp_path / "tiles" / "7" / f"new {n} é.png").touch()
+        before = index.read_bytes() if index.exists() else b""
+        settle()
+        listed = data.list_tiles(tmp_path / "tiles", spare=tmp_path / "run")
+        assert len(listed) == n and f"7/new {n} é.png" in listed and index.read_bytes() != before
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "walk", unopened)
+            assert data.list_tiles(tmp_path / "tiles", spare=tmp_path / "run") == listed
+    (tmp_path / "tiles" / "3" / "5.png").unlink()
+    assert len(data.list_tiles(tmp_path / "tiles", spare=tmp_path / "run")) == 10_000
+
+
+def test_a_shard_that_comes_while_its_folder_is_listed_is_found_the_next_time(tmp_path, shards, monkeypatch):
+    def walk(*arguments, original=os.walk, **more):
+        for found in original(*arguments, **more):
+            shutil.copy(shards / "a.tar", shards / "late.tar")  # someone is still copying
+            yield found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "walk", walk)
+        assert len(data.list_tiles(shards, spare=tmp_path / "run")) == 12
+    assert len(data.list_tiles(shards, spare=tmp_path / "run")) == 18
 
 
 # ---- labelled folders ----------------------------------------------------------------------------------------------
@@ -282,7 +560,7 @@ def test_unfit_class_folders_are_refused_in_one_line(tmp_path):
     line = refused(tmp_path)
     assert f"{tmp_path} has no tiles for test" in line and "labels.csv" in line and "masks" in line
     (tmp_path / "test").mkdir()
-    assert f"{tmp_path / 'test'} has no images (.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp)" in refused(tmp_path)
+    assert f"{tmp_path / 'test'} holds no images (png, jpg, tif, bmp, webp)" in refused(tmp_path)
     write_tiles(tmp_path / "test" / "b", 1)
     assert "test/b/tile_000.png is in none of the classes of train" in refused(tmp_path)
     (tmp_path / "test" / "b").rename(tmp_path / "test" / "a")

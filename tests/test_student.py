@@ -110,5 +110,5 @@ def test_student_shapes_uint8_equals_float_and_other_sizes_are_refused():
 
 def test_the_full_dim_belongs_to_nested_dims_and_wider_ones_do_not_fit():
     assert Student("toy", {}, [8, 2]).nested_dims == [2, 8, 48]
-    with pytest.raises(ValueError, match="width 48"):
+    with pytest.raises(ValueError, match="width of toy; give dims from 1 to 48"):
         Student("toy", {}, [96])

@@ -1,8 +1,10 @@
 """Teachers: every published layout into the one ViT, the card's embedding, wrong weight files, offline teachers."""
 
 import dataclasses
+import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from torchvision import transforms
 
 import teachers
 from data import InputError
-from student import VisionTransformer, fit_positions, load_published, read_weights, timm_state
+from student import VisionTransformer, load_published, read_weights, timm_state
 from teachers import OFFLINE, TEACHERS, Teacher, find_weights, load_teacher
 
 PUBLISHED = [name for name in TEACHERS if name not in OFFLINE]
@@ -161,7 +163,8 @@ def test_positions_of_virchow2s_kind_are_resampled_behind_their_five_prefix_rows
     with torch.device("meta"):
         vit = VisionTransformer(**TEACHERS["virchow2"].arch | {"depth": 1})
     cls_token, pos_embed = torch.randn(1, 1, 1280), torch.randn(1, 5 + 37 * 37, 1280)
-    same_cls, resampled = fit_positions(cls_token, pos_embed, vit, antialias=True)
+    mapped = timm_state({"cls_token": cls_token, "pos_embed": pos_embed}, vit, torch.float32)
+    same_cls, resampled = mapped["cls_token"], mapped["pos_embed"]
     expected = timm.layers.resample_abs_pos_embed(pos_embed, [16, 16], num_prefix_tokens=5)
     assert torch.equal(same_cls, cls_token) and resampled.shape == (1, 261, 1280)
     torch.testing.assert_close(resampled, expected, rtol=1e-5, atol=1e-6)
@@ -296,7 +299,7 @@ def test_tiles_that_no_teacher_can_take(weights_dir):
     teacher = load_teacher("toy_cells", weights_dir, steps=2)
     with pytest.raises(ValueError, match="not square"):
         teacher(torch.rand(1, 3, 64, 80))
-    with pytest.raises(InputError, match="100 x 15 px is too small for toy_cells; give 16 px or more"):
+    with pytest.raises(InputError, match="toy_cells: a tile of 100 x 15 px is too small; give 16 px or more"):
         teacher.embed(torch.rand(1, 3, 15, 100))
     assert teacher.embed(torch.rand(1, 3, 16, 100)).shape == (1, 128)
 
@@ -318,8 +321,7 @@ def test_patches_meet_on_the_students_grid_and_images_are_resized(shallow, tmp_p
 
 def test_teachers_stay_frozen_in_eval_mode_in_the_compute_dtype(weights_dir):
     teacher = load_teacher("toy_cells", weights_dir, dtype=torch.bfloat16, steps=2)
-    parent = torch.nn.ModuleList([teacher]).train()
-    assert parent.training and not any(module.training for module in teacher.modules())
+    assert not any(module.training for module in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
     images = torch.rand(2, 3, 64, 64, requires_grad=True)
@@ -366,6 +368,61 @@ def test_loading_takes_little_more_than_the_model(tmp_path, name, layout, suffix
 # ---- what users get wrong -----------------------------------------------------------------------------------------
 
 
+# ---- open_cache: the files of train.py --cache ---------------------------------------------------------------------
+ROW, RECORD = np.dtype([("done", "u2"), ("a", "f2", (3, 4)), ("b", "f2", (3, 6))]), {"teachers": ["a", "b"]}
+
+
+def test_a_cache_keeps_what_was_written(tmp_path, capsys):
+    outputs = teachers.open_cache(tmp_path / "x" / "y", RECORD, ROW, 5)
+    assert outputs.dtype == ROW and outputs.shape == (5,) and not outputs["done"].any()
+    assert capsys.readouterr().out.startswith("--cache: the teachers' outputs on 5 tiles take 3.1e-07 GB; ")
+    assert {path.name for path in (tmp_path / "x" / "y").iterdir()} == {"made_from.pt", "outputs"}
+    outputs["b"][1], outputs["done"][1] = 1.5, 1
+    again = teachers.open_cache(tmp_path / "x" / "y", RECORD, ROW, 5)
+    assert capsys.readouterr().out == "" and again["done"].tolist() == [0, 1, 0, 0, 0] and (again["b"][1] == 1.5).all()
+
+
+def test_a_foreign_file_in_the_place_of_the_outputs_is_not_overwritten(tmp_path):
+    (tmp_path / "outputs").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=f"{tmp_path}/outputs"):
+        teachers.open_cache(tmp_path, RECORD, ROW, 5)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+    (tmp_path / "outputs").unlink()  # moved away, as the message says
+    teachers.open_cache(tmp_path, RECORD, ROW, 5)
+
+
+def test_outputs_that_are_cut_off_or_missing_are_refused(tmp_path):
+    teachers.open_cache(tmp_path, RECORD, ROW, 5)
+    os.truncate(tmp_path / "outputs", 3)
+    with pytest.raises(InputError, match=f"^--cache: {tmp_path} was made with bytes 3, now 310; give another folder$"):
+        teachers.open_cache(tmp_path, RECORD, ROW, 5)
+    (tmp_path / "outputs").unlink()
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/outputs"):
+        teachers.open_cache(tmp_path, RECORD, ROW, 5)
+
+
+@pytest.mark.parametrize("content", ["", '{"teachers": ["a"', "[]", "null", "b"])
+def test_a_damaged_or_foreign_record_of_a_cache_is_refused_in_one_line(tmp_path, content):
+    teachers.open_cache(tmp_path, RECORD, ROW, 5)
+    (tmp_path / "made_from.pt").write_text(content)
+    with pytest.raises(InputError, match=f"^{tmp_path}/made_from.pt is (damaged|refused).*$"):
+        teachers.open_cache(tmp_path, RECORD, ROW, 5)
+
+
+def test_the_space_for_a_cache_is_asked_where_it_will_lie(tmp_path, monkeypatch):
+    asked = []
+
+    def disk_usage(path):
+        asked.append(Path(path))
+        return shutil._ntuple_diskusage(1000, 700, 300)  # 310 bytes are needed
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    message = f"^--cache: {tmp_path}/x/y lacks 1e-08 GB; take fewer tiles or another disk$"
+    with pytest.raises(InputError, match=message):
+        teachers.open_cache(tmp_path / "x" / "y", RECORD, ROW, 5)
+    assert asked == [tmp_path] and not list(tmp_path.iterdir())
+
+
 def test_unknown_names():
     with pytest.raises(InputError, match="'unii'; choose from uni, uni2_h, virchow"):
         load_teacher("unii")
@@ -401,9 +458,20 @@ def test_a_gate_that_is_closed_and_a_cached_file(tmp_path, monkeypatch):
         InputError, match="uni: .*gated: request access .*hf auth login; fetching failed: GatedRepoError"
     ):
         find_weights(["uni"], tmp_path)
-    cached = tmp_path / "hub" / "pytorch_model.bin"
-    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo, file: str(cached) if "UNI" in repo else None)
+    cached, asked = tmp_path / "hub" / "pytorch_model.bin", []
+
+    def out_of_reach(repo, file, local_files_only):
+        asked.append(local_files_only)
+        if "UNI" in repo:
+            return str(cached)
+        raise hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(hub, "hf_hub_download", out_of_reach)
     assert find_weights(["uni"], tmp_path) == {"uni": cached}
+    assert find_weights(["uni", "virchow"], tmp_path, fetch=False) == {"uni": cached}
+    with pytest.raises(InputError, match="virchow: .*LocalEntryNotFoundError"):
+        find_weights(["virchow", "gigapath", "uni"], tmp_path)
+    assert asked == [False, True, True, False, True, True]  # out of reach once, it is not asked again
 
 
 class Payload:
@@ -425,13 +493,12 @@ def test_damaged_files_are_named(shallow, tmp_path):
         published_file("kaiko_s16", tmp_path, suffix)
         whole = (tmp_path / f"kaiko_s16.{suffix}").read_bytes()
         header = struct.pack("<Q", 1 << 60) + b"{}"
-        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-        what = ["(damaged|refused)"] * 4 + ["a Git LFS pointer"]
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"  # not yet pulled
         for i, content in enumerate((whole[: len(whole) // 2], whole[:-9], b"", header, pointer)):
             path = tmp_path / f"broken-{i}" / f"kaiko_s16.{suffix}"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
-            with pytest.raises(InputError, match=f"kaiko_s16.{suffix} is {what[i]}") as error:
+            with pytest.raises(InputError, match=f"kaiko_s16.{suffix} is (damaged|refused)") as error:
                 load_teacher("kaiko_s16", path.parent)
             assert "\n" not in str(error.value)
             path.unlink()
@@ -539,10 +606,10 @@ def test_trying_a_teacher_on_a_tile(tmp_path, monkeypatch, capsys):
     Path("weights/uni.bin").symlink_to("kaiko_s16.bin")
     for arguments, message in (
         (["kaiko_s17", tile], "no teacher is called 'kaiko_s17'; choose from"),
-        (["kaiko_s16"], "TILE: give an image"),
-        (["kaiko_s16", "text.png"], "text.png does not exist, or cannot be read"),
-        (["kaiko_s16", "none.png"], "none.png does not exist, or cannot be read"),
-        (["kaiko_s16", tiny], "55 x 300 px is too small for kaiko_s16; give 56 px or more"),
+        (["kaiko_s16"], "TILE: None is no image that can be read; give a png"),
+        (["kaiko_s16", "text.png"], "TILE: text.png is no image that can be read"),
+        (["kaiko_s16", "none.png"], "TILE: none.png is no image that can be read"),
+        (["kaiko_s16", tiny], "kaiko_s16: a tile of 55 x 300 px is too small; give 56 px or more"),
         (["lunit_s16", tile], "weights/lunit_s16.bin is refused"),
         (
             ["uni", tile],

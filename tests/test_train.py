@@ -1,25 +1,35 @@
 """The loop: resuming, processes, accumulation change nothing; bad input ends in one line; students load into timm."""
 
+import collections
+import contextlib
 import dataclasses
 import json
+import math
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import cards
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, oracle, write_tiles
+from conftest import ROOT, oracle, write_shard, write_tiles
 from test_student import timm_twin
 from test_teachers import published_file, shallow  # noqa: F401 - a fixture
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import evaluate
 import teachers
 import train
-from data import InputError
-from student import STUDENTS, Student, load_student
+from data import InputError, epoch_order
+from losses import Standardizers
+from student import STUDENTS, Student, VisionTransformer, load_student
 from teachers import TEACHERS, load_init
 
 TINY = ["--teacher-steps", "2", "--batch-size", "8", "--device", "cpu", "--dims", "4,16", "--stats-tiles", "16"]
@@ -30,12 +40,13 @@ def small_evaluation(monkeypatch):
     monkeypatch.setattr(evaluate, "N_TILES", 32)
 
 
+def launch(*argv):
+    train.train(train.parse_args(list(map(str, argv))))
+
+
 @pytest.fixture
 def run(weights_dir):
-    def run(*argv):
-        train.train(train.parse_args([*map(str, argv), "--weights-dir", str(weights_dir)]))
-
-    return run
+    return lambda *argv: launch(*argv, "--weights-dir", weights_dir)
 
 
 def script(*argv, cwd=None, processes=1, **environment):
@@ -50,6 +61,10 @@ def script(*argv, cwd=None, processes=1, **environment):
 
 def checkpoint(folder):
     return torch.load(folder / "last.pt", weights_only=True)
+
+
+def losses(folder):
+    return {line["step"]: line["loss"] for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines())}
 
 
 def assert_same(a, b, **tolerance):
@@ -70,9 +85,18 @@ def tiles(tmp_path):
     return tmp_path / "tiles"
 
 
-@pytest.mark.parametrize("source", ["demo", "folder"])
-def test_ten_steps_equal_five_resume_five(tmp_path, run, tiles, source):
-    flags = [*TINY, "--steps", 10, *(["--data", tiles] if source == "folder" else [])]
+@pytest.fixture
+def shards(tmp_path, tiles):
+    """The same tiles in three shards, in a folder of their own."""
+    paths = sorted(tiles.iterdir())
+    for name, some in zip("abc", (paths[:3], paths[3:7], paths[7:])):
+        write_shard(tmp_path / "shards" / f"{name}.tar", {path.name: path.read_bytes() for path in some})
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("source", ["demo", "folder", "shards"])
+def test_ten_steps_equal_five_resume_five(tmp_path, run, tiles, shards, source):
+    flags = [*TINY, "--steps", 10, *{"demo": [], "folder": ["--data", tiles], "shards": ["--data", shards]}[source]]
     run(*flags, "--out", tmp_path / "straight")
     run(*flags, "--out", tmp_path / "halves", "--stop-at", 5)
     assert checkpoint(tmp_path / "halves")["step"] == 5
@@ -104,15 +128,17 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, run, weights_dir):
     assert_same(checkpoint(tmp_path / "straight"), checkpoint(killed))
 
 
-@pytest.mark.parametrize("source", ["demo", "folder"])
-def test_two_processes_with_accumulation_equal_one(tmp_path, weights_dir, tiles, source):
+@pytest.mark.parametrize("source", ["demo", "folder", "cached shards"])
+def test_two_processes_with_accumulation_equal_one(tmp_path, weights_dir, tiles, shards, source):
     flags = [*TINY, "--steps", 6, "--stop-at", 5, "--lr", 1e-3, "--weights-dir", weights_dir]
     if source == "folder":  # with weights that process 0 alone reads
         torch.manual_seed(7)
         torch.save({"state_dict": Student("toy", {}, []).backbone.state_dict()}, tmp_path / "init.pt")
         flags += ["--data", tiles, "--init", tmp_path / "init.pt"]
     for name, processes, accumulate in (("one", 1, 1), ("two", 2, 2)):
-        result = script("train.py", *flags, "--out", tmp_path / name, "--accumulate", accumulate, processes=processes)
+        more = ["--data", shards, "--cache", tmp_path / f"cache of {name}"] if source == "cached shards" else []
+        more += ["--out", tmp_path / name, "--accumulate", accumulate]
+        result = script("train.py", *flags, *more, processes=processes)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("step 5/6") == 1  # process 0 alone speaks
     # AdamW divides by the root of a gradient that may be nearly zero, so sums in another order show in the weights
@@ -120,6 +146,72 @@ def test_two_processes_with_accumulation_equal_one(tmp_path, weights_dir, tiles,
     fresh = Student("toy", {"toy_cells": 128, "toy_tissue": 128}, [4, 16]).state_dict()
     moved = checkpoint(tmp_path / "one")["student"]["backbone.norm.weight"] - fresh["backbone.norm.weight"]
     assert moved.abs().max() > 1e-3  # the tolerance is far below what five steps change
+    if source == "cached shards":  # each of two processes made half of it
+        one, two = (outputs_in(tmp_path / f"cache of {name}", 12) for name in ("one", "two"))
+        for t in one:
+            np.testing.assert_allclose(one[t], two[t], rtol=2e-3, atol=2e-3)
+
+
+def outputs_in(cache, n):
+    """{teacher: (n, 65, 128)} of a finished cache of the toy teachers."""
+    names = ("toy_cells", "toy_tissue")
+    outputs = np.fromfile(cache / "outputs", [("done", "u2"), *((t, "f2", (65, 128)) for t in names)])
+    assert len(outputs) == n and outputs["done"].all() and (cache / "complete").exists()
+    return {t: outputs[t] for t in names}
+
+
+def ranks(mark):
+    """{rank: process} of the running processes that a test has started with this mark."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            pairs = (text.partition("=") for text in (folder / "environ").read_text(errors="replace").split("\0"))
+            environment = {key: value for key, _, value in pairs}
+            if environment.get("MARK_OF_TEST") == mark and "RANK" in environment:
+                found[int(environment["RANK"])] = int(folder.name)
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
+def test_a_killed_process_ends_the_others_within_a_minute(tmp_path, run, weights_dir, tiles, launcher):
+    run(*TINY, "--steps", 1, "--data", tiles, "--out", tmp_path / "warm")  # the offline teachers are there
+    flags = [*TINY, "--steps", 10**6, "--log-every", 5, "--data", tiles, "--weights-dir", weights_dir]
+    command = [ROOT / "train.py", *flags, "--out", tmp_path / "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MARK_OF_TEST": str(tmp_path)}
+    if launcher == "torchrun":
+        starts = [(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2], {})]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        starts = [([], {**own, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    processes, log = [], tmp_path / "run" / "log.jsonl"
+    with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
+        for arguments, more in starts:
+            whole = list(map(str, [sys.executable, *arguments, *command]))
+            processes.append(subprocess.Popen(whole, env=environment | more, stdout=out, stderr=err))
+        try:
+            deadline = time.monotonic() + 150
+            while not log.exists() and time.monotonic() < deadline and all(p.poll() is None for p in processes):
+                time.sleep(0.1)
+            assert log.exists(), (tmp_path / "err").read_text()
+            os.kill(ranks(str(tmp_path))[1], signal.SIGKILL)
+            code = processes[0].wait(60)  # torchrun itself, or rank 0
+            assert processes[-1].wait(60) != 0
+            text = (tmp_path / "err").read_text()
+            assert not ranks(str(tmp_path)), "a process is still there"
+        finally:
+            for pid in [*ranks(str(tmp_path)).values(), *(p.pid for p in processes if p.poll() is None)]:
+                os.kill(pid, signal.SIGKILL)
+            for process in processes:
+                process.wait()
+    if launcher == "torchrun":
+        assert code != 0 and "Signal 9 (SIGKILL)" in text and "rank      : 1" in text, text
+    else:
+        last = text.strip().splitlines()[-1]  # what stands before it are torch's warnings
+        assert code == 1 and last.startswith("train.py: another process was lost") and "Traceback" not in text, text
+    assert checkpoint(tmp_path / "run")["step"] == 0  # and that can be gone on with
 
 
 def test_accumulated_gradients_are_the_mean_over_the_whole_batch(tmp_path, run, tiles, monkeypatch):
@@ -136,10 +228,11 @@ def test_log_and_student_file(tmp_path, run, capsys):
     run(*TINY, "--steps", 4, "--log-every", 2, "--out", tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
-    assert set(lines[0]) == {"step", "loss", "lr", "tiles_per_s", "terms"}
+    assert set(lines[0]) == {"step", "loss", "lr", "tiles_per_s", "peak_gb", "terms"}
     for t in ("toy_cells", "toy_tissue"):
         for key in ("summary_cos", "patch_cos", "patch_l1"):
             assert set(lines[0]["terms"][f"{t}/{key}"]) == {"48", "4"}
+    assert all(line["tiles_per_s"] > 0 and 0.05 < line["peak_gb"] < 50 for line in lines)  # torch alone takes 0.2 GB
     printed = capsys.readouterr().out
     assert "ETA" in printed and "licence Apache-2.0" in printed
     config = torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]
@@ -157,7 +250,6 @@ def test_a_finished_run_says_so(tmp_path, run, capsys):
 
 def test_resume_keeps_its_arguments_and_its_tiles(tmp_path, run, tiles):
     run(*TINY, "--steps", 3, "--stop-at", 1, "--data", tiles, "--out", tmp_path / "run")
-    run("--resume", tmp_path / "run", "--dims", "4,16", "--lr", "5e-3", "--stop-at", 1)  # the same again is no change
     for flag, value in (("--lr", 1), ("--steps", 9), ("--teachers", "toy_cells"), ("--seed", 4), ("--dims", "2")):
         with pytest.raises(InputError, match=f"{flag}: this run has"):
             run("--resume", tmp_path / "run", flag, value)
@@ -180,10 +272,442 @@ def test_a_run_is_never_overwritten(tmp_path, run):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, run):
-    with pytest.raises(InputError, match=r"--lr: loss not finite at step [23]; .*last.pt keeps"):
+    with pytest.raises(InputError, match=r"--lr: loss not finite at step [23]; .*last.pt is older"):
         run(*TINY, "--steps", 5, "--lr", 1e30, "--out", tmp_path / "run")
     kept = checkpoint(tmp_path / "run")
     assert kept["step"] == 0 and all(torch.isfinite(value).all() for value in kept["student"].values())
+
+
+class Spy(train.Distiller):
+    """What train.py trains, kept for the test to look at."""
+
+    def __init__(self, student):
+        super().__init__(student)
+        Spy.student = student
+
+
+@pytest.mark.parametrize("scaler", [False, True])  # of fp16, which needs CUDA; here it only scales
+@pytest.mark.parametrize(("what", "accumulate"), [("loss nan", 1), ("loss inf", 2), ("gradient nan", 2)])
+def test_from_a_step_that_is_not_finite_on_no_weight_changes(
+    tmp_path, run, tiles, monkeypatch, what, accumulate, scaler
+):
+    if scaler and what == "gradient nan":
+        pytest.skip("an overflow in fp16 is no fault: the scaler skips that step alone")
+    calls = []
+
+    def broken_in_step_5(student, tokens, targets, nested_loss=train.nested_loss):
+        loss, parts = nested_loss(student, tokens, targets)
+        calls.append(loss.item())
+        if len(calls) == 4 * accumulate + 1:
+            loss = loss * math.nan if what == "loss nan" else loss + math.inf if what == "loss inf" else loss * 1
+            if what == "gradient nan":
+                loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss, parts
+
+    def enabled(device, enabled, original=torch.amp.GradScaler):
+        return original(device, init_scale=1024.0, enabled=scaler)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", enabled)
+    monkeypatch.setattr(train, "nested_loss", broken_in_step_5)
+    monkeypatch.setattr(train, "Distiller", Spy)
+    flags = ["--steps", 20, "--log-every", 10, "--save-every", 4, "--accumulate", accumulate, "--data", tiles]
+    message = rf"^--lr: loss not finite at step 5; {tmp_path}/run/last\.pt is older; begin anew$"
+    with pytest.raises(InputError, match=message):
+        run(*TINY, *flags, "--out", tmp_path / "run")
+    assert len(calls) == 8 * accumulate and not (tmp_path / "run" / "log.jsonl").exists()  # noticed at the save of 8
+    last, weights = checkpoint(tmp_path / "run"), Spy.student.state_dict()
+    assert last["step"] == 4 and all(value.isfinite().all() for value in last["student"].values())
+    if not scaler:  # that of fp16 has a mask of its own, for each step alone
+        assert all(torch.equal(weights[key], value) for key, value in last["student"].items())
+    assert torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]["step"] == 4
+    if scaler or what != "loss nan":
+        return
+    monkeypatch.undo()
+    run(*TINY, *flags, "--stop-at", 4, "--out", tmp_path / "healthy")
+    assert_same(checkpoint(tmp_path / "healthy"), last)
+    run("--resume", tmp_path / "run", "--stop-at", 6)  # the last good step is one to go on from
+    assert checkpoint(tmp_path / "run")["step"] == 6
+
+
+def test_a_mask_that_is_never_needed_changes_no_bit(tmp_path, run, tiles, monkeypatch):
+    run(*TINY, "--steps", 4, "--data", tiles, "--out", tmp_path / "masked")
+
+    class Unmasked(torch.optim.AdamW):
+        found_inf = property(lambda self: None, lambda self, value: None)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Unmasked)
+    run(*TINY, "--steps", 4, "--data", tiles, "--out", tmp_path / "unmasked")
+    assert_same(checkpoint(tmp_path / "masked"), checkpoint(tmp_path / "unmasked"))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_between_log_lines_the_host_reads_no_tensor(tmp_path, run, tiles, monkeypatch, cache):
+    """On a GPU each such reading would wait for all that is queued."""
+    counts, seen = [], collections.Counter()  # counts[i]: what had been seen when step i + 1 began
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, name=name, original=original):
+            seen[name] += 1
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    class Readings(TorchDispatchMode):  # those that torch does itself, as clip_grad_norm_ would on request
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"):
+                seen[function.name()] += 1
+            return function(*args, **(kwargs or {}))
+
+    def learning_rate(step, steps, peak, original=train.learning_rate):
+        counts.append(dict(seen))
+        return original(step, steps, peak)
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+    flags = ["--steps", 8, "--log-every", 8, "--accumulate", 2, "--data", tiles]
+    with Readings():
+        run(*TINY, *flags, *(["--cache", tmp_path / "cache"] if cache else []), "--out", tmp_path / "run")
+    assert len(counts) == 8 and all(count == counts[1] for count in counts[2:]), counts  # step 1 starts the loader
+    assert seen["item"] > counts[-1].get("item", 0) and seen["aten::_local_scalar_dense"]  # the log line is counted
+
+
+def test_counted_memory_of_vit_b_and_three_giants_at_batch_64():
+    """What must lie on a GPU at once for --student vit_b --batch-size 64 in bf16: below 22 GB, counted on the CPU."""
+    names, dims, batch = ("virchow2", "uni2_h", "h_optimus_1"), train.DEFAULTS["vit_b"]["dims"], 64
+    teacher_dims = {name: TEACHERS[name].arch["width"] for name in names}
+    assert teacher_dims == {"virchow2": 1280, "uni2_h": 1536, "h_optimus_1": 1536} and dims == [48, 96, 192, 384, 768]
+    model = train.Distiller(Student("vit_b", teacher_dims, dims))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def tokens_of(B):
+        D = teacher_dims.items()
+        return {t: {"summary": torch.randn(B, D_t), "patches": torch.randn(B, 256, D_t)} for t, D_t in D}
+
+    def saved_bytes(B):
+        """Bytes kept for backward, of unique storages, without parameters (bf16 copies of them are counted)."""
+        kept = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        images, targets = torch.randint(256, (B, 3, 224, 224), dtype=torch.uint8), tokens_of(B)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            loss, _ = model(images, targets)
+        given = {y.untyped_storage().data_ptr() for tokens in targets.values() for y in tokens.values()}
+        assert loss.requires_grad and kept.keys() & given  # the targets are among what is kept; counted below, once
+        return sum(storage.nbytes() for address, storage in kept.items() if address not in given)
+
+    one, two = saved_bytes(1), saved_bytes(2)
+    with torch.device("meta"):
+        vits = {name: VisionTransformer(**TEACHERS[name].arch) for name in names}
+    outputs = batch * sum((1 + 256) * D_t for D_t in teacher_dims.values())  # numbers of the teachers' tokens
+    parts = {
+        "kept for backward": one + (batch - 1) * (two - one),
+        "teachers, bf16": 2 * sum(p.numel() for vit in vits.values() for p in vit.parameters()),
+        "student and heads: weights, gradients, moments": 16 * sum(p.numel() for p in model.parameters()),
+        "standardisers": sum(b.nbytes for b in Standardizers(teacher_dims).buffers()),
+        "targets, fp32": 4 * outputs,
+        "teachers' outputs, bf16": 2 * outputs,
+    }
+    print(*(f"{size / 1e9:7.3f} GB {part}" for part, size in parts.items()), sep="\n")
+    print(f"{sum(parts.values()) / 1e9:7.3f} GB in all")
+    assert one > 50e6 and two > 1.5 * one - 500e6  # something was counted, and it grows with the batch
+    assert sum(parts.values()) < 22e9
+
+
+@pytest.mark.parametrize("form", ["a folder", "a list", "a pattern", "one shard"])
+def test_shards_on_the_command_line(tmp_path, run, shards, capsys, form):
+    a, b, c = (str(shards / f"{name}.tar") for name in "abc")
+    given = {"a folder": [f"{shards}/"], "a list": [c, a, b], "a pattern": [f"{shards}/*.tar"], "one shard": [b]}[form]
+    for name in ("first", "second"):  # the second finds the index
+        run(*TINY, "--steps", 1, "--data", *given, "--out", tmp_path / name)
+    n = 4 if form == "one shard" else 12
+    assert f"{n} tiles of " in capsys.readouterr().out and (tmp_path / "shards.index").exists()
+    tiles = checkpoint(tmp_path / "first")["tiles"]
+    assert tiles["count"] == n and tiles == data.FolderTiles(shards if n == 12 else b, 64, 0).fingerprint()
+    assert_same(checkpoint(tmp_path / "first"), checkpoint(tmp_path / "second"))
+
+
+@pytest.mark.parametrize("form", ["a folder", "one shard", "a pattern"])
+def test_embeddings_of_shards_are_those_of_the_files(tmp_path, tiles, shards, monkeypatch, form):
+    student = Student("toy", {}, [4])
+    config = {"student": "toy", "arch": STUDENTS["toy"], "nested_dims": [4, 48], "step": 1, "steps": 1, "teachers": {}}
+    torch.save({"state_dict": student.backbone.state_dict(), "config": config}, tmp_path / "student.pt")
+    if form != "a folder":
+        write_shard(shards / "all.tar", {path.name: path.read_bytes() for path in sorted(tiles.iterdir())})
+    given = {"a folder": shards, "one shard": shards / "all.tar", "a pattern": f"{shards}/[a-c].tar"}[form]
+    embeddings = {}
+    for name, path in (("folder", tiles), ("shards", given)):
+        argv = ["evaluate.py", tmp_path / "student.pt", "--embed", path, "--out", tmp_path / f"{name}.npz"]
+        monkeypatch.setattr(sys, "argv", list(map(str, [*argv, "--device", "cpu"])))
+        evaluate.main()
+        exported = np.load(tmp_path / f"{name}.npz")
+        paths = [os.path.basename(path) for path in exported["paths"].tolist()]
+        embeddings[name] = dict(zip(paths, exported["embeddings"]))
+    assert embeddings["folder"].keys() == embeddings["shards"].keys() and len(embeddings["folder"]) == 12
+    for name, embedding in embeddings["folder"].items():
+        np.testing.assert_allclose(embeddings["shards"][name], embedding, rtol=1e-4, atol=1e-5)
+
+
+# ---- --cache: the teachers run once --------------------------------------------------------------------------------
+def test_cached_tiles_keep_images_and_outputs_together():
+    tiles = [{"image": torch.full((3, 4, 4), i, dtype=torch.uint8)} for i in range(100)]
+    rows = np.random.default_rng(0).permutation(100)
+    outputs = np.zeros(100, [("done", "u2"), ("a", "f2", (6, 2))])
+
+    def teach(batch):
+        first = batch["image"][:, 0, 0, 0].float()[:, None].expand(-1, 2) + 0.1  # 0.1 is no fp16 number
+        return {"a": {"summary": first, "patches": first[:, None].expand(-1, 5, 2) + 1}}
+
+    cached = train.CachedTiles(tiles, rows, outputs, seed=1)
+    cached.fill(teach, list(range(0, 100, 2)), 0)
+    assert outputs["done"].tolist() == [1, 0] * 50 and (outputs["a"][1::2] == 0).all()
+    cached.fill(teach, list(range(1, 100, 2)), 0)
+    assert outputs["done"].all()
+    batch = next(iter(data.batches(cached, range(200), 100)))
+    drawn = batch["image"][:, 0, 0, 0]
+    assert sorted(drawn.tolist()) == list(range(100))  # every tile once an epoch
+    assert drawn.tolist() == rows[epoch_order(1, 0, 100)].tolist()
+    expected = (drawn.float() + 0.1).half()
+    assert torch.equal(batch["outputs"]["a"]["summary"], expected[:, None].expand(-1, 2))
+    assert torch.equal(batch["outputs"]["a"]["patches"][:, 4, 1], (drawn.float() + 1.1).half())
+
+
+CACHED = [*TINY, "--steps", 6, "--log-every", 1]
+HALF = 2**-11  # half a unit in the last place of fp16, relative
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory, weights_dir):
+    """80 tiles (two batches of the teachers), their outputs in cache/, and run/: three steps of six over these."""
+    folder = tmp_path_factory.mktemp("cached")
+    write_tiles(folder / "tiles", 80, (72, 64))
+    flags = ["--data", folder / "tiles", "--cache", folder / "cache", "--weights-dir", weights_dir]
+    launch(*CACHED, *flags, "--stop-at", 3, "--out", folder / "run")
+    return folder
+
+
+def no_teacher(*_, **__):
+    raise AssertionError("a teacher was loaded")
+
+
+def one_by_one(teacher, images, grid=None, forward=teachers.Teacher.forward):
+    """Teacher.forward, tile by tile and rounded to fp16: the same numbers however the tiles are batched."""
+    alone = [forward(teacher, image[None], grid) for image in images]
+    return {kind: torch.cat([tokens[kind] for tokens in alone]).half() for kind in alone[0]}
+
+
+def test_a_cached_run_is_the_uncached_run_on_the_same_views_bit_for_bit(tmp_path, run, cached, monkeypatch):
+    monkeypatch.setattr(teachers.Teacher, "forward", one_by_one)
+    flags = [*CACHED, "--data", cached / "tiles"]
+    run(*flags, "--out", tmp_path / "uncached")
+    run(*flags, "--cache", tmp_path / "cache", "--out", tmp_path / "cached")
+    assert losses(tmp_path / "uncached") == losses(tmp_path / "cached") and len(losses(tmp_path / "cached")) == 6
+    assert_same(checkpoint(tmp_path / "uncached"), checkpoint(tmp_path / "cached"))
+
+
+def test_a_cached_run_differs_from_the_uncached_by_the_rounding_to_fp16(tmp_path, run, cached):
+    # by channel: the eigenvectors of phi-s, and so the random student's first loss (by 0.4 %), turn with any rounding
+    flags = [*CACHED, "--standardize", "channel", "--stop-at", 3, "--data", cached / "tiles"]
+    run(*flags, "--out", tmp_path / "uncached")
+    run(*flags, "--cache", cached / "cache", "--out", tmp_path / "cached")
+    uncached, rounded = losses(tmp_path / "uncached"), losses(tmp_path / "cached")
+    # the first loss sees the rounding of targets alone, the others that of AdamW's first steps too
+    assert abs(rounded[1] / uncached[1] - 1) < HALF / 10 and abs(rounded[3] / uncached[3] - 1) < HALF
+
+
+def test_cached_rows_are_the_teachers_outputs_on_the_first_epochs_views(cached, weights_dir):
+    tiles, outputs = data.FolderTiles(cached / "tiles", 64, 0), outputs_in(cached / "cache", 80)
+    images = torch.stack([tiles[k]["image"] for k in (0, 1, 63, 64, 79)])
+    for name, rows in outputs.items():
+        tokens = teachers.load_teacher(name, weights_dir, steps=2)(images, 8)
+        expected = torch.cat([tokens["summary"][:, None], tokens["patches"]], 1)
+        got = torch.from_numpy(rows[[0, 1, 63, 64, 79]]).float()
+        torch.testing.assert_close(got, expected, rtol=1.1 * HALF, atol=1e-5)
+
+
+def test_a_full_cache_needs_no_teacher_no_weights_and_no_certain_seed(tmp_path, cached, monkeypatch, capsys):
+    monkeypatch.setattr(teachers, "load_teacher", no_teacher)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (cached / "cache").iterdir()}
+    flags = [*CACHED, "--stop-at", 3, "--data", cached / "tiles", "--cache", cached / "cache"]
+    flags += ["--weights-dir", tmp_path / "nothing"]
+    launch(*flags, "--out", tmp_path / "again")
+    assert f"teacher toy_cells: its outputs in {cached / 'cache'}; licence Apache-2.0" in capsys.readouterr().out
+    assert_same(checkpoint(cached / "run"), checkpoint(tmp_path / "again"))
+    seeds, original = [], data.FolderTiles.__init__
+
+    def opened(tiles, root, size, seed, *more):
+        seeds.append(seed)
+        original(tiles, root, size, seed, *more)
+
+    monkeypatch.setattr(data.FolderTiles, "__init__", opened)
+    launch(*flags, "--seed", 3, "--out", tmp_path / "other")
+    assert seeds == [0]  # the views are those that the teachers saw
+    assert losses(tmp_path / "other") != losses(tmp_path / "again") == losses(cached / "run")
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (cached / "cache").iterdir()}
+
+
+def test_a_cached_run_resumed_equals_the_straight_run(tmp_path, run, cached, monkeypatch):
+    monkeypatch.setattr(teachers, "load_teacher", no_teacher)
+    run(*CACHED, "--data", cached / "tiles", "--cache", cached / "cache", "--out", tmp_path / "straight")
+    shutil.copytree(cached / "run", tmp_path / "halves")
+    run("--resume", tmp_path / "halves", "--stop-at", 6, "--workers", 2)
+    assert_same(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "halves"))
+    with pytest.raises(InputError, match="--cache: this run has"):
+        run("--resume", tmp_path / "halves", "--cache", tmp_path / "another")
+
+
+def test_a_cache_from_shards(tmp_path, run, shards, weights_dir, monkeypatch):
+    flags = [*TINY, "--steps", 2, "--data", shards, "--cache", tmp_path / "cache"]
+    run(*flags, "--out", tmp_path / "first")
+    tiles = data.FolderTiles(shards, 64, 0)
+    for name, rows in outputs_in(tmp_path / "cache", 12).items():
+        expected = teachers.load_teacher(name, weights_dir, steps=2)(tiles[7]["image"][None])["summary"][0]
+        torch.testing.assert_close(torch.from_numpy(rows[7, 0]).float(), expected, rtol=1.1 * HALF, atol=1e-5)
+    monkeypatch.setattr(teachers, "load_teacher", no_teacher)
+    run(*flags, "--out", tmp_path / "second")
+    assert_same(checkpoint(tmp_path / "first"), checkpoint(tmp_path / "second"))
+    shutil.copy(shards / "a.tar", shards / "d.tar")
+    with pytest.raises(InputError, match="--cache: .* was made with tiles 12 tiles, .*, now 15 tiles, "):
+        run(*flags, "--out", tmp_path / "third")
+
+
+def test_an_interrupted_cache_goes_on_where_it_was(tmp_path, run, cached, monkeypatch, capsys):
+    seen = []
+
+    def interrupted(teacher, images, grid=None, forward=teachers.Teacher.forward):
+        seen.append((teacher.name, len(images)))
+        if len(seen) == 4:  # one teacher has done the second batch, the other not
+            raise KeyboardInterrupt
+        return forward(teacher, images, grid)
+
+    monkeypatch.setattr(teachers.Teacher, "forward", interrupted)
+    flags = [*CACHED, "--stop-at", 3, "--data", cached / "tiles", "--cache", tmp_path / "cache"]
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, "--out", tmp_path / "run")
+    row = 2 + 2 * 2 * 65 * 128  # bytes: done, two teachers
+    assert (tmp_path / "cache" / "outputs").read_bytes()[::row] == b"\1" * 64 + b"\0" * 16
+    assert not (tmp_path / "cache" / "complete").exists()
+    run(*flags, "--out", tmp_path / "run")  # it holds no checkpoint yet, so the same command goes on
+    assert seen == [("toy_cells", 64), ("toy_tissue", 64), ("toy_cells", 16), ("toy_tissue", 16)] + seen[4:]
+    assert seen[4:] == [("toy_cells", 16), ("toy_tissue", 16)]
+    assert_same(checkpoint(cached / "run"), checkpoint(tmp_path / "run"))
+    for path in (cached / "cache").iterdir():
+        assert path.read_bytes() == (tmp_path / "cache" / path.name).read_bytes(), path.name
+
+
+def test_a_cache_replaces_unreadable_tiles_as_a_run_does(tmp_path, run, tiles, monkeypatch, capsys):
+    write_tiles(tiles / "more", 100, (64, 64))
+    (tiles / "broken.png").write_bytes(b"broken")
+    broken = data.list_tiles(tiles).index("broken.png")
+    k = epoch_order(0, 0, 113).tolist().index(broken)  # sample k of seed 0 would be the broken tile
+    flags = [*TINY, "--batch-size", 16, "--steps", 8, "--stop-at", k // 16 + 1, "--log-every", 1, "--data", tiles]
+    monkeypatch.setattr(teachers.Teacher, "forward", one_by_one)
+    run(*flags, "--out", tmp_path / "uncached")
+    run(*flags, "--cache", tmp_path / "cache", "--out", tmp_path / "cached")
+    assert capsys.readouterr().err.count("broken.png") == 2  # each run names it once
+    assert losses(tmp_path / "cached") == losses(tmp_path / "uncached")
+    assert_same(checkpoint(tmp_path / "cached"), checkpoint(tmp_path / "uncached"))
+
+
+def change_one_byte(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+
+
+def change_one_weight(folder):
+    path = next(folder.glob("toy_tissue-*"))
+    content = torch.load(path, weights_only=True)
+    content["norm.weight"][3] += 1e-3
+    torch.save(content, path)
+
+
+def enlarge(path):
+    path.write_bytes(path.read_bytes() + b"\0")  # which png readers do not mind
+
+
+OTHERS = {  # what is changed: the flags, and what the message says
+    "teachers": (["--teachers", "toy_cells"], r"teachers \['toy_cells', 'toy_tissue'\], now \['toy_cells'\]"),
+    "weights": ([], "weights of toy_tissue [0-9a-f]{64}, now [0-9a-f]{64}"),
+    "tile added": ([], "tiles 80 tiles, [0-9a-f]{16}, now 81 tiles, [0-9a-f]{16}"),
+    "tile removed": ([], "tiles 80 tiles, [0-9a-f]{16}, now 79 tiles, [0-9a-f]{16}"),
+    "tile changed": ([], "tiles 80 tiles, [0-9a-f]{16}, now 80 tiles, [0-9a-f]{16}"),
+    "tile changed in place": ([], "tiles 80 tiles, [0-9a-f]{16}, now 80 tiles, [0-9a-f]{16}"),
+    "tile renamed": ([], "tiles 80 tiles, [0-9a-f]{16}, now 80 tiles, [0-9a-f]{16}"),
+    "size": (["--student", "vit_s"], "crop 64, now 224"),
+    "grid": ([], "grid 8, now 4"),
+    "steps": (["--teacher-steps", 3], r"recipe \{'steps': 2, 'seed': 0\}, now \{'steps': 3, 'seed': 0\}"),
+    "seed": (["--teacher-seed", 3], r"recipe \{'steps': 2, 'seed': 0\}, now \{'steps': 2, 'seed': 3\}"),
+}
+
+
+@pytest.mark.parametrize("changed", OTHERS)
+def test_a_cache_made_from_something_else_is_refused_by_name(tmp_path, cached, weights_dir, monkeypatch, changed):
+    tiles, cache, weights = (tmp_path / name for name in ("tiles", "cache", "weights"))
+    shutil.copytree(cached / "tiles", tiles)
+    shutil.copytree(cached / "cache", cache)
+    weights.mkdir()
+    for path in weights_dir.glob("toy_*-2-0.pt"):
+        shutil.copy(path, weights)
+    change = {
+        "weights": lambda: change_one_weight(weights),
+        "tile added": lambda: shutil.copy(tiles / "tile_003.png", tiles / "x.png"),
+        "tile removed": lambda: (tiles / "tile_003.png").unlink(),
+        "tile changed": lambda: enlarge(tiles / "tile_003.png"),
+        "tile changed in place": lambda: change_one_byte(tiles / "tile_003.png"),
+        "tile renamed": lambda: (tiles / "tile_003.png").rename(tiles / "x.png"),
+        "grid": lambda: monkeypatch.setitem(STUDENTS, "toy", STUDENTS["toy"] | {"patch_size": 16}),
+    }
+    change.get(changed, lambda: None)()
+    before = {path: path.read_bytes() for path in cache.iterdir()}
+    monkeypatch.setattr(teachers, "load_teacher", no_teacher)
+    flags = [*CACHED, "--data", tiles, "--cache", cache, "--weights-dir", weights, "--out", tmp_path / "run"]
+    with pytest.raises(
+        InputError, match=f"^--cache: {cache} was made with {OTHERS[changed][1]}; give another"
+    ) as error:
+        launch(*flags, *OTHERS[changed][0])
+    assert "\n" not in str(error.value) and not (tmp_path / "run" / "last.pt").exists()
+    assert before == {path: path.read_bytes() for path in cache.iterdir()}
+
+
+def test_a_cache_in_another_place_is_as_good(tmp_path, cached, monkeypatch):
+    for name in ("tiles", "cache"):
+        shutil.copytree(cached / name, tmp_path / f"moved {name}")
+    monkeypatch.setattr(teachers, "load_teacher", no_teacher)
+    flags = ["--data", tmp_path / "moved tiles", "--cache", tmp_path / "moved cache", "--weights-dir", tmp_path]
+    launch(*CACHED, "--stop-at", 1, *flags, "--out", tmp_path / "run")
+    assert losses(tmp_path / "run")[1] == losses(cached / "run")[1]
+
+
+def test_a_disk_without_the_space_for_a_cache_is_refused_before_anything_is_written(tmp_path, run, tiles, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
+    with pytest.raises(InputError, match=f"^--cache: {tmp_path}/deep/er lacks 0.000299 GB; take") as error:
+        run(*TINY, "--steps", 1, "--data", tiles, "--cache", tmp_path / "deep" / "er", "--out", tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "deep").exists()
+
+
+def test_a_damaged_cache_is_refused_by_the_run(tmp_path, run, cached):
+    shutil.copytree(cached / "cache", tmp_path / "cache")
+    with open(tmp_path / "cache" / "outputs", "r+b") as file:
+        file.truncate(1000)
+    flags = [*CACHED, "--data", cached / "tiles", "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
+    with pytest.raises(
+        InputError, match=rf"--cache: {tmp_path}/cache was made with bytes 1000, now 2662560; give another"
+    ):
+        run(*flags)
+
+
+def test_runs_of_before_the_cache_go_on(tmp_path, run, tiles):
+    run(*TINY, "--steps", 3, "--stop-at", 1, "--data", tiles, "--out", tmp_path / "run")
+    content = checkpoint(tmp_path / "run")
+    del content["args"]["cache"]
+    torch.save(content, tmp_path / "run" / "last.pt")
+    run("--resume", tmp_path / "run", "--stop-at", 3)
+    assert checkpoint(tmp_path / "run")["step"] == 3
 
 
 BAD = {
@@ -193,8 +717,8 @@ BAD = {
     "--student toy --teachers uni": "--student toy",
     "--dims 4,x": "--dims",
     "--dims 0": "--dims",
-    "--dims 96": "--dims: 96 is above the width of toy",
-    "--dims 1000 --student vit_b": "--dims: 1000 is above",
+    "--dims 96": "--dims: [48, 96] do not fit the width of toy; give dims from 1 to 48",
+    "--dims 1000 --student vit_b": "--dims: [768, 1000] do not fit the width of vit_b",
     "--steps 0": "--steps",
     "--steps 1e3": "--steps",
     "--batch-size -1": "--batch-size",
@@ -209,7 +733,10 @@ BAD = {
     "--device meta": "--device",
     "--precision fp16 --device cpu": "--precision fp16",
     "--device gpu": "--device",
-    "--data nowhere": "--data: nowhere is not a folder",
+    "--data nowhere": "nowhere is no folder of images and no tar shard, or does not exist",
+    "--data nowhere.tar": "nowhere.tar is no folder of images and no tar shard, or does not exist",
+    "--cache=": "--cache: it is empty",
+    "--cache kept": "--cache: give --data as well",
     "--resume nowhere": "--resume: nowhere/last.pt",
     "--stats-tiles 1": "--stats-tiles",
     "--standardize pca": "--standardize",
@@ -231,7 +758,7 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, line):
 
 def test_an_empty_folder_and_a_missing_run_on_the_real_command_line(tmp_path):
     for argv, expected in (
-        (["train.py", "--data", tmp_path, "--device", "cpu"], f"train.py: --data: {tmp_path} has no images"),
+        (["train.py", "--data", tmp_path, "--device", "cpu"], f"train.py: --data: {tmp_path} holds no images"),
         (["evaluate.py", tmp_path / "x"], f"evaluate.py: {tmp_path}/x does not exist"),
     ):
         result = script(*argv, cwd=tmp_path)
