@@ -206,12 +206,12 @@ def train(args: argparse.Namespace) -> None:
         row = np.dtype([("done", "u2"), *((t, "f2", (1 + grid**2, D_t)) for t, D_t in teacher_dims.items())])
         rows, outputs = range(n), np.zeros(n * demo, row)
         if args.cache:
-            tiles_of = "{count} tiles, {sha256:.16}".format(**tiles.fingerprint(contents=True))
+            tiles_of = "{count} tiles, {sha256:.16}".format(**tiles.fingerprint(contents=not rank))
             made_from = {"teachers": args.teachers, "recipe": recipe, "tiles": tiles_of, "crop": size, "grid": grid}
             files = {t: Path(args.weights_dir) / cli.MADE_HERE.format(t, *recipe.values()) for t in args.teachers}
-            files = (files | find_weights(args.teachers, args.weights_dir, fetch=False)).items()
+            files = () if rank else (files | find_weights(args.teachers, args.weights_dir, fetch=False)).items()
             made_from |= {f"weights of {t}": sha256(np.memmap(f, mode="r")).hexdigest() for t, f in files if f.exists()}
-            outputs = cli.open_cache(args.cache, made_from, row, n)
+            outputs = cli.open_cache(args.cache, {} if rank else made_from, row, n)  # process 0 has compared it
             rows = np.argsort(data.epoch_order(0, 0, n))  # row k is sample k of the first epoch
         tiles = CachedTiles(tiles, rows, outputs, args.seed)
     if world > 1 and not rank:
