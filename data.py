@@ -1,12 +1,11 @@
 """Tiles: synthetic tissue, folders and tar shards of images, and the order in which a run sees them.
 
     tile k of a run = view(seed, k, source[order(seed, k)])    one crop, flip and turn, shared by student and teachers
-So resuming means starting at k, workers change nothing, rank r of W takes k = r, r + W, ..., and no generator state is
-stored. Images leave as uint8 (3, H, W)."""
+So a resume needs k alone, workers change nothing, rank r of W takes k = r, r + W, ...; images: uint8 (3, H, W)."""
 
+import atexit
 import contextlib
 import csv
-import functools
 import glob
 import hashlib
 import io
@@ -14,69 +13,36 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from os.path import getmtime, getsize
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import functional as TF
 
+from student import InputError, save_atomically
+
+LARGEST = 2**28  # bytes of a tile's file, and of its pixels: Pillow's own limit for them
 IMAGE = re.compile(r"(?is)(.*/)?[^./][^/]*\.(bmp|jpe?g|png|tiff?|webp)")  # not hidden, as macOS's "._x.png" are
-
-
-class InputError(ValueError):
-    """Something that the user can put right. The message is one line that names the file or flag and the remedy."""
-
-
-def progress(items: Iterable, label: str, total: int) -> Iterator:
-    """Yield the items; every five seconds print how far it is and how long it will take (process 0 alone)."""
-    start = last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if (now - last > 5 or done == total) and os.environ.get("RANK", "0") == "0":
-            last, eta = now, (now - start) / done * (total - done)
-            print(f"  {label}: {done}/{total}, {now - start:.0f} s, ETA {eta:.0f} s", flush=True)
-
-
-def save_atomically(content: dict, path: str | Path, write: Callable = torch.save) -> None:
-    """Write so that `path` holds either the old file or the whole new one, whenever the machine stops."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
-        raise InputError(f"cannot write {path}: {error}; free some space or choose another folder") from None
-    finally:
-        with contextlib.suppress(OSError):  # it is in its place already, or the disk is read-only
-            temporary.unlink()
-
+reading = [torch.multiprocessing.RawArray("c", 4096)]  # "PID TILE", of the tile being read; loader workers share it
+atexit.register(lambda: [x.kill() for x in torch.multiprocessing.active_children() if x.daemon])  # SIGTERM is ignored
 
 # Every tile has two independent labels, of its cells and its tissue: one for each offline teacher to know, one to lack.
 TISSUE_VERSION = 1  # raise it when a tile changes: the offline teachers are then trained anew
 STREAMS = ("teacher", "distil", "bank", "test")  # keyed (stream, seed, k), so that nothing leaks from one into another
-TASKS = ("cells", "tissue")
 CELLS = {  # nuclei: radius (px of a 64 px tile), its spread, elongation, density, pale centre, nucleolus, mean number
     "lymphocyte": (2.1, 0.08, 1.1, 1.6, 0.0, 0.0, 30), "epithelial": (3.8, 0.10, 1.3, 0.9, 0.0, 0.0, 16),
     "pleomorphic": (4.2, 0.35, 1.6, 1.5, 0.0, 0.0, 14), "spindle": (2.7, 0.10, 4.0, 1.0, 0.0, 0.0, 16),
-    "vesicular": (4.4, 0.10, 1.2, 1.0, 0.85, 0.0, 14), "nucleolar": (4.4, 0.10, 1.2, 0.5, 0.0, 2.2, 14),
-}  # fmt: skip
-TISSUES = {  # holes: number, smallest and largest radius
-    "gland": (1, 9.0, 14.0), "sheet": (0, 0, 0), "fibres": (0, 0, 0), "fat": (5, 8.0, 13.0),
-    "cribriform": (9, 3.5, 5.5), "whorl": (0, 0, 0),
-}  # fmt: skip
-STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]], np.float32)  # H and E, Ruifrok & Johnston 2001
+    "vesicular": (4.4, 0.10, 1.2, 1.0, 0.85, 0.0, 14), "nucleolar": (4.4, 0.10, 1.2, 0.5, 0.0, 2.2, 14)}  # fmt: skip
+TISSUES = ("gland", "sheet", "fibres", "fat", "cribriform", "whorl")
+HOLES = {"gland": (9, 14, 1), "fat": (8, 13, 5), "cribriform": (3.5, 5.5, 9)}  # smallest and largest radius, number
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
@@ -92,12 +58,11 @@ def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndar
     rng = np.random.default_rng((STREAMS.index(stream), seed, k))
     cell, tissue = int(rng.integers(len(CELLS))), int(rng.integers(len(TISSUES)))
     radius, spread, elongation, density, pale, nucleolus, count = list(CELLS.values())[cell]
-    name, (n_holes, smallest, largest) = list(TISSUES.items())[tissue]
+    name = TISSUES[tissue]
     y, x = np.mgrid[:size, :size].astype(np.float32) * (64 / size)  # coordinates of a 64 px tile
-    normal = functools.partial(rng.standard_normal, dtype=np.float32)
+    normal = partial(rng.standard_normal, dtype=np.float32)
     # Eosin: a texture, waves for fibres and whorls, nothing in the holes.
-    angle = rng.uniform(0, math.pi)
-    warp = 10 * (smooth_noise(rng, size, 3) - 0.5)
+    angle, warp = rng.uniform(0, math.pi), 10 * (smooth_noise(rng, size, 3) - 0.5)
     centre_x, centre_y = rng.uniform(18, 46, 2).tolist()
     eosin = 0.35 + 0.35 * smooth_noise(rng, size, 8)
     if name == "fibres":
@@ -106,33 +71,30 @@ def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndar
     if name == "whorl":
         eosin += 0.4 * np.cos((np.hypot(x - centre_x, y - centre_y) + 0.5 * warp) * rng.uniform(0.3, 0.4))
     holes = np.zeros((size, size), np.float32)  # 1 inside a lumen or vacuole
-    if n_holes:
-        hole_x, hole_y = ([centre_x], [centre_y]) if name == "gland" else rng.uniform(0, 64, (2, n_holes)).tolist()
-        hole_r = rng.uniform(smallest, largest, n_holes).tolist()
-        edge = np.min([np.hypot(x - a, y - b) / r for a, b, r in zip(hole_x, hole_y, hole_r)], axis=0)  # 1 at a rim
+    if name in HOLES:
+        centres = ([centre_x], [centre_y]) if name == "gland" else rng.uniform(0, 64, (2, HOLES[name][2])).tolist()
+        hole_r = rng.uniform(*HOLES[name]).tolist()
+        edge = np.min([np.hypot(x - a, y - b) / r for a, b, r in zip(*centres, hole_r)], axis=0)  # 1 at a rim
         holes = 1 / (1 + np.exp(np.clip((edge + warp / 40 - 1) * 16, -30, 30)))
     # Haematoxylin: nuclei outside the holes, around the lumen in a gland, as soft ellipses (n, size, size).
     n = max(4, rng.poisson(count))
     nx, ny = rng.uniform(0, 64, (2, 3 * n)).astype(np.float32)
-    free = holes[(ny * size / 64).astype(int), (nx * size / 64).astype(int)] < 0.3
-    order = np.flatnonzero(free)[:n]
+    order = np.flatnonzero(free := holes[(ny * size / 64).astype(int), (nx * size / 64).astype(int)] < 0.3)[:n]
     if name == "gland":
         off_ring = np.abs(np.hypot(nx - centre_x, ny - centre_y) / hole_r[0] - 1.45) + rng.uniform(0, 0.8, 3 * n)
         order = np.argsort(np.where(free, off_ring, 9), kind="stable")[:n]
     shape = (len(order), 1, 1)
-    r = radius * np.exp(spread * normal(shape))
-    e = np.sqrt(elongation * np.exp(0.15 * normal(shape)))
+    r, e = radius * np.exp(spread * normal(shape)), np.sqrt(elongation * np.exp(0.15 * normal(shape)))
     a = angle + 0.5 * normal(shape)
     dx, dy = x - nx[order, None, None], y - ny[order, None, None]
-    along, across = np.cos(a) * dx + np.sin(a) * dy, np.cos(a) * dy - np.sin(a) * dx
-    d = np.hypot(along / (r * e), across / (r / e))  # 1 at the rim
+    d = np.hypot((np.cos(a) * dx + np.sin(a) * dy) / (r * e), (np.cos(a) * dy - np.sin(a) * dx) / (r / e))  # 1: rim
     body = np.clip((1 - d) * 3 + 0.5, 0, 1)
     chromatin = 1 - pale * np.clip(1.4 - 1.8 * d, 0, 1) + nucleolus * np.clip(2 - 5 * d, 0, 1)
     haematoxylin = (body * chromatin * (density * np.exp(0.12 * normal(shape)))).max(0)
     haematoxylin = haematoxylin * (0.85 + 0.3 * smooth_noise(rng, size, 16)) + 0.08 * (1 - holes)
     eosin = eosin * (1 - holes) * (1 - 0.5 * body.max(0))
-    # Beer-Lambert: stain vectors, strengths and light vary as from slide to slide.
-    stains = STAINS * np.exp(0.10 * normal((2, 3)))
+    # Beer-Lambert: stain vectors (H, E of Ruifrok & Johnston 2001), strengths and light vary as from slide to slide.
+    stains = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]], np.float32) * np.exp(0.10 * normal((2, 3)))
     stains *= np.exp(0.2 * normal((2, 1))) / np.linalg.norm(stains, axis=1, keepdims=True)
     rgb = np.exp(-np.stack([haematoxylin, eosin], -1) @ stains) * rng.uniform(0.92, 1) + 0.02 * normal((size, size, 3))
     return (np.clip(rgb, 0, 1) * 255).astype(np.uint8), cell, tissue, (d.min(0) < 1).astype(np.uint8)
@@ -147,14 +109,12 @@ class TissueTiles(Dataset):  # tile k of a stream -> {"image": uint8 (3, size, s
         image = torch.from_numpy(image).permute(2, 0, 1)
         return {"image": image, "index": k, "cells": cells, "tissue": tissue, "nuclei": torch.from_numpy(nuclei)}
 
-    def draw(self, n: int) -> dict[str, Tensor]:
-        """The first n tiles at once, on all cores: what is drawn for one, with n in front of its shape."""
-        workers = min(8, os.cpu_count() or 1) if n > 256 else 0
-        drawn = list(batches(self, range(n), 64, workers, label=f"drawing {n} synthetic tiles"))
+    def draw(self, n: int) -> dict[str, torch.Tensor]:  # the first n tiles, on all cores, n in front of their shapes
+        drawn = [*batches(self, range(n), 64, min(8, os.cpu_count() or 1) * (n > 256), label=f"drawing {n} tiles")]
         return {key: torch.cat([batch[key] for batch in drawn]) for key in drawn[0]}
 
 
-@functools.lru_cache(maxsize=2)  # a batch can straddle two epochs
+@lru_cache(maxsize=2)  # a batch can straddle two epochs
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:  # sample k is tile epoch_order(seed, k // n, n)[k % n]
     return np.random.default_rng((0, seed, epoch)).permutation(n)
 
@@ -165,50 +125,90 @@ def collate(samples: list[dict]) -> dict:
     return {"image": images, **default_collate([{k: x[k] for k in x if k != "image"} for x in samples])}
 
 
+def progress(items: Iterable, label: str, total: int) -> Iterator:  # of items; every 5 s process 0 prints how far it is
+    start = last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if ((now := time.monotonic()) - last > 5 or done == total) and os.environ.get("RANK", "0") == "0":
+            last, eta = now, (now - start) / done * (total - done)
+            print(f"  {label}: {done}/{total}, {now - start:.0f} s, ETA {eta:.0f} s", flush=True)
+
+
+def start_worker(shared: list, worker: int) -> None:  # of a loader: says what it reads, and leaves signals to us
+    reading[0] = shared[worker]
+    reading[0].value = b"%d none yet" % os.getpid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def batches(tiles: Dataset, ks: Sequence[int], batch_size: int, workers=0, pin=False, label="") -> Iterator[dict]:
-    """Samples `ks` in batches, with progress if there is a label; sample k depends on k alone, never on the workers.
-    Unreadable tiles are named once each, and kept in tiles.unreadable; InputError when they pass 1 % of tiles.files."""
-    own = {"generator": torch.Generator(), "collate_fn": collate}  # a generator: else each pass draws on the global one
-    loader = DataLoader(tiles, batch_size, sampler=ks, num_workers=workers, pin_memory=pin, **own)
-    tiles = getattr(tiles, "tiles", tiles)  # those that are read
-    for batch in progress(loader, label, len(loader)) if label else loader:
-        for path in filter(None, "\0".join(batch.pop("skipped", [])).split("\0")):
-            if path not in tiles.unreadable:
-                tiles.unreadable.append(path)
-                print(f"warning: skipped unreadable tile {path!r} ({len(tiles.unreadable)} so far)", file=sys.stderr)
-            if len(tiles.unreadable) > len(tiles.files) / 100:
-                some = f"{', '.join(tiles.unreadable[:3])}; mend or remove them (a mask: one channel, its tile's size)"
-                raise InputError(f"{tiles.root}: over 1 % of {len(tiles.files)} tiles are unreadable: {some}")
-        if "index" in batch:  # of tiles for evaluation: unreadable ones are left out
-            batch = {key: values[batch["index"] >= 0] for key, values in batch.items()}
-        yield batch
+    """Samples `ks` in batches, with progress if labelled; sample k depends on k alone, never on workers. Unreadable
+    tiles are named once, kept in tiles.unreadable and a run's file, .record. InputError: over 1 %; a worker died."""
+    shared = [torch.multiprocessing.RawArray("c", 4096) for _ in range(workers)]
+    own = {"worker_init_fn": partial(start_worker, shared), "generator": torch.Generator()}  # not the global generator
+    loader = DataLoader(tiles, batch_size, sampler=ks, num_workers=workers, collate_fn=collate, pin_memory=pin, **own)
+    tiles, read = getattr(tiles, "tiles", tiles), iter(loader)  # those that are read
+    if workers and hasattr(signal, "SIGCHLD"):  # torch would raise anywhere; so the loader itself finds a dead worker
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for batch in progress(read, label, len(loader)) if label else read:
+            for path in (x for x in "\0".join(batch.pop("skipped", [])).split("\0") if x and x not in tiles.unreadable):
+                note_unreadable(tiles, path, getattr(tiles, "record", None) or Path(os.devnull))
+            if "index" in batch:  # of tiles for evaluation: unreadable ones are left out
+                batch = {key: values[batch["index"] >= 0] for key, values in batch.items()}
+            yield batch
+    except (EOFError, OSError, RuntimeError):  # torch has many for a worker that died, and others raise them too
+        time.sleep(workers and 0.5)  # it may be dying still
+        last = dict(os.fsdecode(x.value).split(" ", 1) for x in shared if x.value)  # {PID: TILE}
+        if dead := [last[pid] for pid in last.keys() - {str(x.pid) for x in torch.multiprocessing.active_children()}]:
+            raise InputError(f"--workers: one died (out of memory? then lower it), at {', '.join(dead)}") from None
+        raise
+    finally:
+        del read, loader  # the workers end now, and not when the traceback of an error is forgotten
+
+
+def note_unreadable(tiles: Dataset, path: str, record: Path) -> None:
+    tiles.unreadable.append(path)
+    text, line = record.read_text() if record.exists() else "", json.dumps(path)
+    known = {*re.findall(r'(?m)^".*"$', text), *map(json.dumps, tiles.unreadable)}  # by all processes, and before
+    if line not in text.splitlines():
+        print(f"warning: skipped unreadable tile {path!r} ({len(known)} so far)", file=sys.stderr)
+        with open(record, "a") as file:
+            file.write("\n" * (text[-1:] not in "\n") + line + "\n")  # a full disk can have left half a line
+    if len(known) > len(tiles.files) / 100:
+        some = f"{tiles.unreadable[:3]}; mend or remove them (did a shard change? a mask: one channel, its tile's size)"
+        raise InputError(f"{tiles.root}: over 1 % of {len(tiles.files)} tiles are unreadable: {some}")
 
 
 def top_and_roots(given: str | Path | list[str]) -> tuple[str, list[str]]:
     """Folders and shards that --data names, patterns expanded, and the folder around them: tiles' paths begin there."""
     texts = given if isinstance(given, list) else [str(given)]
-    found = ([x] if os.path.exists(x) else glob.glob(x) or [x] for x in texts)
-    roots = sorted({os.path.abspath(path) for paths in found for path in paths})
+    roots = sorted({os.path.abspath(y) for x in texts for y in ([x] if os.path.exists(x) else glob.glob(x) or [x])})
     return os.path.commonpath([root if os.path.isdir(root) else os.path.dirname(root) for root in roots]), roots
 
 
-def list_tiles(given: str | Path | list[str], flag: str = "--data", spare: Path | None = None) -> list[str]:
-    """Relative paths, sorted, of all images below a folder; where there are none, of those in tar shards, as SHARD.tar/
-    OFFSET+SIZE/NAME. With `spare`, the list of shards or of 10,000 tiles is kept as FOLDER.index, or in `spare`."""
-    (top, roots), stamps, began = top_and_roots(given), {}, time.time()
+def stamp(path: str) -> list:
+    return [os.path.getsize(path), os.path.getmtime(path)]
+
+
+def list_tiles(given: str | Path | list[str], flag="--data", spare: Path | None = None, stamps=None) -> list[str]:
+    """Sorted relative paths of all images below a folder or, if none, in shards, as SHARD.tar/OFFSET+SIZE/NAME. With
+    `spare`, that of shards or of 10,000 tiles is kept, as FOLDER.index or there. Fills {folder or shard: `stamp`}."""
+    (top, roots), stamps, began = top_and_roots(given), {} if stamps is None else stamps, time.time()
     place = Path(f"{top}.index") if os.access(os.path.dirname(top), os.W_OK) else Path(spare or "", "tiles.index")
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # there is none, or something else
         index = json.loads(place.read_text())
-        if index["roots"] == roots and all([getsize(x), getmtime(x)] == then for x, then in index["stamps"].items()):
+        if index["roots"] == roots and all(stamp(x) == then for x, then in index["stamps"].items()):
+            stamps.update(index["stamps"])
             return index["tiles"]
     tiles, shards = set(), {root for root in roots if root.endswith(".tar") and os.path.isfile(root)}
     if unfit := [root for root in roots if root not in shards and not os.path.isdir(root)]:
-        raise InputError(f"{flag}: {unfit[0]} is no folder of images and no tar shard, or does not exist")
+        raise InputError(f"{flag}: {unfit[0]} is no folder of images and no uncompressed .tar, or does not exist")
     for root in roots:
         files = []
         for folder, _, names in os.walk(root, followlinks=True):  # labelled folders are often made of links
             if (real := os.path.realpath(folder)) not in stamps:  # a circle of links, or a folder linked twice
-                stamps[real] = [getsize(real), getmtime(real)]
+                stamps[real] = stamp(real)
                 files += [os.path.join(folder, name) for name in names]
         images, tars = set(filter(IMAGE.fullmatch, files)), {file for file in files if file.endswith(".tar")}
         if images and tars:
@@ -216,40 +216,49 @@ def list_tiles(given: str | Path | list[str], flag: str = "--data", spare: Path 
         tiles, shards = tiles | images, shards if images else shards | tars
     for path in sorted(shards):
         try:
-            stamps[path] = [getsize(path), getmtime(path)]
-            with tarfile.open(path, "r:") as shard:  # "r:": not compressed, so that a member is one seek away
-                while member := shard.next():
+            stamps[path], others = stamp(path), 0
+            with tarfile.open(path if os.path.isfile(path) else os.devnull, "r:") as shard:  # not compressed; no pipe
+                while (member := shard.next()) and member.size >= 0:  # below, tarfile would go round in circles
                     shard.members.clear()  # a million would take a gigabyte
-                    if member.isreg() and IMAGE.fullmatch(member.name):
+                    if member.isreg() and not member.sparse and IMAGE.fullmatch(member.name):
                         tiles.add(f"{path}/{member.offset_data}+{member.size}/{member.name}")
+                    others += not (member.isreg() or member.isdir()) or bool(member.sparse)
                 shard.fileobj.seek(shard.offset)
-                if shard.fileobj.read(512) != bytes(512):  # tarfile takes a damaged header for the end
-                    raise tarfile.TarError("cut off")
-        except (OSError, tarfile.TarError) as error:
+                rest = shard.fileobj.read(2**20)
+                if not shard.offset or len(rest) < 512 or rest.strip(b"\0"):  # tarfile takes a bad header for the end
+                    raise tarfile.TarError("empty, cut off or damaged")
+        except (OSError, OverflowError, RecursionError, ValueError, tarfile.TarError) as error:
             raise InputError(f"{flag}: {path} is no whole, uncompressed tar ({error}); mend or remove it") from None
+        if others:
+            print(f"note: {path}: {others} links, devices or sparse files are left out", file=sys.stderr)
     if not tiles:
         raise InputError(f"{flag}: {roots[0]} holds no images (png, jpg, tif, bmp, webp) and no tar shards of them")
     tiles = sorted(tile.removeprefix(top).lstrip(os.sep).replace(os.sep, "/") for tile in tiles)
     if spare and (shards or len(tiles) >= 10_000) and max(x[1] for x in stamps.values()) < began - 0.02:  # none is new
-        index = json.dumps({"roots": roots, "stamps": stamps, "tiles": tiles}).encode()
         with contextlib.suppress(InputError):  # the next run takes as long, that is all
-            save_atomically(index, place, lambda content, file: file.write(content))
+            save_atomically(json.dumps({"roots": roots, "stamps": stamps, "tiles": tiles}).encode(), place)
     return tiles
 
 
-def read_tile(path: str | Path) -> bytes:  # a file, or the part of a tar shard that SHARD.tar/OFFSET+SIZE/NAME says
+def read_tile(path: str | Path, stamps: dict | None = None) -> bytes:
+    """A file or the part SHARD.tar/OFFSET+SIZE/NAME. OSError: no file (a pipe never ends), too large, changed stamp."""
     place = re.fullmatch(r"(.+?\.tar)/(\d+)\+(\d+)/.+", str(path), re.DOTALL)
-    with open(place[1] if place else path, "rb") as file:
-        file.seek(int(place[2]) if place else 0)
-        return file.read(int(place[3]) if place else -1)
+    file, start, size = (place[1], int(place[2]), int(place[3])) if place else (path, 0, os.path.getsize(path))
+    reading[0].value = os.fsencode(f"{os.getpid()} {path}")[:4095]
+    if not os.path.isfile(file) or size > LARGEST or (place and stamps and stamp(file) != stamps.get(file)):
+        raise OSError(f"{file} is no file, is too large, or has changed")
+    with open(file, "rb") as content:
+        content.seek(start)
+        return content.read(size)
 
 
-def open_tile(path: str | Path, mask: bool = False) -> Image.Image | None:
+def open_tile(path: str | Path, mask: bool = False, stamps: dict | None = None) -> Image.Image | None:
     """An image file as Pillow's RGB, upright after its EXIF tag; a mask as class numbers, mode L; None: unreadable."""
     try:
-        with Image.open(io.BytesIO(read_tile(path))) as image:
-            if image.mode[0] in "IF" and not 1 < image.getextrema()[1] < 256:
-                raise ValueError("16-bit grey or float, which Pillow would clip to white or black")
+        with Image.open(io.BytesIO(read_tile(path, stamps))) as image:
+            bomb = 3 * math.prod(image.size) > LARGEST or max(image.size) > 1000 * min(image.size)  # once enlarged
+            if bomb or (image.mode[0] in "IF" and not 1 < image.getextrema()[1] < 256):  # 16 bits, float: Pillow clips
+                return None
             if not mask:
                 ImageOps.exif_transpose(image, in_place=True)
                 return image if image.mode == "RGB" else image.convert("RGB")
@@ -261,7 +270,7 @@ def open_tile(path: str | Path, mask: bool = False) -> Image.Image | None:
         return None
 
 
-def random_view(image: Image.Image, size: int, rng: np.random.Generator) -> Tensor:
+def random_view(image: Image.Image, size: int, rng: np.random.Generator) -> torch.Tensor:
     """A random crop (3, size, size) at native scale, flipped and turned by quarters; a smaller tile is enlarged."""
     if min(image.size) < size:
         image = TF.resize(image, size, TF.InterpolationMode.BICUBIC)
@@ -271,30 +280,28 @@ def random_view(image: Image.Image, size: int, rng: np.random.Generator) -> Tens
     return torch.from_numpy(np.array(view if turn is None else view.transpose(turn))).permute(2, 0, 1)
 
 
-def centre_view(image: Image.Image, size: int, mode: str = "bicubic") -> Tensor:  # shorter side to `size`, then crop
-    return TF.pil_to_tensor(TF.center_crop(TF.resize(image, size, TF.InterpolationMode(mode)), size))
-
-
 class FolderTiles(Dataset):
-    """Sample k -> {"image": uint8 (3, size, size), "skipped": paths of unreadable tiles, joined by NUL}. Such a tile is
-    replaced by the next of the same epoch's order, so the choice depends on k alone."""
+    """Sample k -> {"image": uint8 (3, size, size), "skipped": paths of unreadable tiles, joined by NUL}."""
 
     def __init__(self, root: str | Path | list[str], size: int, seed: int, spare: Path | None = None):
-        self.root, self.files = Path(top_and_roots(root)[0]), list_tiles(root, spare=spare)
+        self.stamps, self.record = {}, spare and spare / "unreadable.txt"
+        self.root, self.files = Path(top_and_roots(root)[0]), list_tiles(root, spare=spare, stamps=self.stamps)
         self.size, self.seed, self.unreadable, self.small = size, seed, [], False  # unreadable: filled by `batches`
 
     def fingerprint(self, contents: bool = False) -> dict:
         """Count and hash of the sorted list, for a cache with all that the files hold: what a resumed run compares."""
         listing, label = hashlib.sha256(), "tiles compared with the cache's"
         for i, name in enumerate(progress(self.files, label, len(self.files)) if contents else self.files):
-            listing.update(b"\0"[:i] + os.fsencode(name) + (read_tile(self.root / name) if contents else b""))
+            listing.update(b"\0"[:i] + os.fsencode(name))
+            with contextlib.suppress(OSError):  # an unreadable tile, which the run will name
+                listing.update(read_tile(self.root / name) if contents else b"")
         return {"count": len(self.files), "sha256": listing.hexdigest()}
 
     def __getitem__(self, k: int) -> dict:
         n, skipped = len(self.files), []
-        for i in range(n // 100 + 1):  # more in a row would end the run anyway
+        for i in range(n // 100 + 1):  # the next of the epoch for an unreadable one; more in a row would end the run
             path = self.root / self.files[epoch_order(self.seed, k // n, n)[(k + i) % n]]
-            if image := open_tile(path):
+            if image := open_tile(path, stamps=self.stamps):
                 if min(image.size) < self.size and not self.small:
                     self.small = True  # one warning from each worker
                     print(f"warning: {path}, perhaps not alone, is smaller than the crop: enlarged", file=sys.stderr)

@@ -2,13 +2,11 @@
 
     python evaluate.py runs/demo                        synthetic tissue, every task, beside the offline teachers
     python evaluate.py runs/a runs/b --data labelled/   several runs on tiles of your own
-    python evaluate.py runs/demo --embed tiles/ --dim 16 --out embeddings.npz     embeddings for other tools
-    python evaluate.py runs/demo --dim 16 --out student-16.pt                     the student cut to 16, for timm
+    python evaluate.py runs/demo --embed tiles/ --dim 16 --out X.npz    embeddings; without --embed, the cut student
 Features are taken after the final norm, cut to the first m channels, and only then normalised where a task does so."""
 
 import json
 import math
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -16,27 +14,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from torchvision import transforms, utils
+from torchvision import utils
+from torchvision.transforms import functional as TF
 
 import data
 import teachers as cli
-from data import InputError, TissueTiles, batches, save_atomically
-from student import Student, load_student, millions, truncate
-from teachers import OFFLINE, Teacher, load_teacher
+from data import TissueTiles, batches, list_tiles
+from student import InputError, Student, load_student, millions, save_atomically, truncate
 
-TOKENS = 100_000  # at most so many for the dense probe's fit
-N_TILES = 2048  # of synthetic tissue, to learn from and again to test on
-WORKERS = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0  # that read tiles
+TOKENS, N_TILES = 100_000, 2048  # most that the dense probe fits; synthetic tiles, to learn from and again to test on
+WORKERS = min(8, torch.get_num_threads()) if torch.cuda.is_available() else 0  # that read tiles
 LABELS = {"class": "summary", "cells": "summary", "tissue": "summary", "mask": "patches", "nuclei": "patches"}
 
 
 @torch.no_grad()
 def embed(model: nn.Module, images: Tensor, batch_size: int = 64, kind: str = "summary") -> Tensor:
     """Float32, on the CPU, of images (n, 3, H, W): summary, a teacher's card embedding (n, D), or patches (n, N, D)."""
-    device, card = next(model.parameters()).device, isinstance(model, Teacher) and kind == "summary"
+    device, card = next(model.parameters()).device, isinstance(model, cli.Teacher) and kind == "summary"
     parts = (part.to(device) for part in images.split(batch_size))
     return torch.cat([(model.embed(part) if card else model(part)[kind]).float().cpu() for part in parts])
 
@@ -52,15 +50,17 @@ class CentreTiles(Dataset):
         return len(self.files)
 
     def __getitem__(self, k: int) -> dict:
-        item = {"index": k, "skipped": "", **{kind: target[k] for kind, target in self.targets.items()}}
+        item, skipped = {kind: target[k] for kind, target in self.targets.items()}, ""
         if (image := data.open_tile(self.root / self.files[k])) is None:
-            image, item["index"], item["skipped"] = Image.new("RGB", (1, 1)), -1, str(self.root / self.files[k])
+            image, skipped = Image.new("RGB", (1, 1)), str(self.root / self.files[k])
         if "mask" in item:
             if (mask := data.open_tile(self.root / item["mask"], mask=True)) is None or mask.size != image.size:
-                mask, item["index"] = image.convert("L"), -1
-                item["skipped"] = item["skipped"] or str(self.root / item["mask"])
-            item["mask"] = data.centre_view(mask, self.size, "nearest")[0]
-        return item | {"image": data.centre_view(image, self.size)}
+                mask, skipped = image.convert("L"), skipped or str(self.root / item["mask"])
+            item["mask"] = self.centre(mask, "nearest")[0]
+        return item | {"image": self.centre(image), "index": -1 if skipped else k, "skipped": skipped}
+
+    def centre(self, image: Image.Image, mode: str = "bicubic") -> Tensor:  # shorter side to `size`, then crop
+        return TF.pil_to_tensor(TF.center_crop(TF.resize(image, self.size, TF.InterpolationMode(mode)), self.size))
 
 
 def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -111,8 +111,7 @@ def fit_linear(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, decay = x.double() - mean, 100 / (M * K * n)  # everything divided by n
     # L-BFGS works on V, where W = P V and P P^T is about the inverse Hessian at zero: the same minimum, far fewer steps
     curvature, U = torch.linalg.eigh(x.T @ x / (n * K) + decay * torch.eye(M))
-    P = U / curvature.sqrt()
-    z = x @ P
+    z = x @ (P := U / curvature.sqrt())
     V, bias = (torch.zeros(rows, K, dtype=torch.float64, requires_grad=True) for rows in (M, 1))
     optimizer = torch.optim.LBFGS([V, bias], max_iter=5000, tolerance_change=1e-13, line_search_fn="strong_wolfe")
 
@@ -154,21 +153,19 @@ def dense_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
     return overlap(confusion.view(256, 256))
 
 
-CLASS_TASKS = {"knn": knn, "linear": linear_probe, "retrieval": retrieval, "adaptive": adaptive_retrieval}
-TASKS = CLASS_TASKS | {"dense": dense_probe}
+TASKS = {f.__name__.split("_")[0]: f for f in (knn, linear_probe, retrieval, adaptive_retrieval, dense_probe)}
 
 
 def evaluate(models: dict, train: Dataset, test: Dataset, tasks: list[str]) -> list[dict]:
     """models: {name: (model, dims to cut it to)} -> rows {"model", "dim", ..., "scores": {label: {task: metrics}}}."""
-    fits = {"summary": [t for t in tasks if t in CLASS_TASKS], "patches": [t for t in tasks if t not in CLASS_TASKS]}
+    fits = {"summary": [task for task in tasks if task != "dense"], "patches": ["dense"] * ("dense" in tasks)}
     labels = {label: kind for label, kind in LABELS.items() if label in train[0] and fits[kind]}
-    x, rows = {}, []  # {(model, kind) or label: {split: features or labels}}
+    kinds, x, rows = {*labels.values()}, {}, []  # x: {(model, kind) or label: {split: features or labels}}
     for split, tiles in {"train": train, "test": test}.items() if labels else ():
-        seen = [
-            {(k, kind): embed(models[k][0], batch["image"], kind=kind) for k in models for kind in {*labels.values()}}
-            | {label: batch[label] for label in labels}
-            for batch in batches(tiles, range(len(tiles)), 64, WORKERS, label=f"embedding {split}")
-        ]
+        seen = []
+        for batch in batches(tiles, range(len(tiles)), 64, WORKERS, label=f"embedding {split}"):
+            z = {(k, kind): embed(models[k][0], batch["image"], kind=kind) for k in models for kind in kinds}
+            seen.append(z | {label: batch[label] for label in labels})
         x = {key: x.get(key, {}) | {split: torch.cat([part[key] for part in seen])} for key in seen[0]}
     for name, (model, dims) in models.items():
         parameters = round(1e6 * millions(model.backbone if isinstance(model, Student) else model))
@@ -199,11 +196,10 @@ def report(models: dict, runs: list[Path], root: str | None, seed: int, tasks=tu
     """Evaluate on a labelled folder or on synthetic tissue; print; add to each run's results.json; draw its figures."""
     title, name = root or "synthetic tissue", re.sub(r"\W+", "-", root or "synthetic tissue").strip("-") or "data"
     folders, rows, unreadable = {run if run.is_dir() else run.parent for run in runs}, [], set()
-    splits = data.labelled_files(root).values() if root else ("bank", "test")
+    splits, drawn = data.labelled_files(root).values() if root else ("bank", "test"), range(N_TILES)
     sizes = {k: m.backbone.img_size if isinstance(m, Student) else m.card_size for k, (m, _) in models.items()}
     for size in dict.fromkeys(sizes.values()):  # each model sees tiles of its own size
         group = {key: models[key] for key in models if sizes[key] == size}
-        drawn = range(N_TILES)
         tiles = [CentreTiles(root, size, *x) if root else Subset(TissueTiles(x, seed, size), drawn) for x in splits]
         rows += evaluate(group, *tiles, tasks)
         unreadable |= {path for split in tiles for path in getattr(split, "unreadable", [])}
@@ -215,16 +211,16 @@ def report(models: dict, runs: list[Path], root: str | None, seed: int, tasks=tu
     result = {"protocol": {task: TASKS[task].__doc__ for scores in rows[0]["scores"].values() for task in scores}}
     result["tiles"] = "shorter side to the model's size, centre crop" if root else "drawn at the model's size"
     result |= {"seed": seed, "unreadable": sorted(unreadable), "torch": torch.__version__, "numpy": np.__version__}
-    for folder in folders:
-        file = folder / "results.json"
-        try:
-            earlier = json.loads(file.read_text()) if file.exists() else {}
-            results = json.dumps({**earlier, title: result | {"rows": rows}}, indent=1).encode()
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{file} cannot be read: {error}; move it") from None
-        save_atomically(results, file, lambda content, out: out.write(content))
-        print(f"{file} and pictures beside it: {title}{', instead of its earlier rows' if title in earlier else ''}")
-        draw_curves(rows, folder / "log.jsonl", folder / f"curves-{name}.png")
+    for file in (folder / "results.json" for folder in folders):
+        with FileLock(f"{file}.lock"):  # another evaluation adds its rows before or after
+            try:
+                earlier = json.loads(file.read_text()) if file.exists() else {}
+                results = json.dumps({**earlier, title: result | {"rows": rows}}, indent=1).encode()
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{file} cannot be read: {error}; move it") from None
+            save_atomically(results, file)
+        print(f"{title}: {file}, pictures beside it{', instead of its earlier rows' if title in earlier else ''}")
+        draw_curves(rows, file.with_name("log.jsonl"), file.with_name(f"curves-{name}.png"))
     return rows
 
 
@@ -235,12 +231,11 @@ def draw_curves(rows: list[dict], log: Path, file: Path) -> None:
     except ImportError:
         return print("no curves are drawn without matplotlib: pip install matplotlib")
     panels = defaultdict(lambda: defaultdict(dict))  # {title: {line: {x: y}}}
-    for row in rows:
-        for label, tasks in row["scores"].items():
-            task, metric = next((task, metric) for task in tasks for metric in tasks[task])
-            panels[f"{label}: {task} {metric}, %"][row["model"]][row["dim"]] = 100 * tasks[task][metric]
+    for row, (label, tasks) in ((r, item) for r in rows for item in r["scores"].items()):
+        task, metric = next((task, metric) for task in tasks for metric in tasks[task])
+        panels[f"{label}: {task} {metric}, %"][row["model"]][row["dim"]] = 100 * tasks[task][metric]
     lines = log.read_text().splitlines() if log.exists() else []
-    for line in (json.loads(line) for line in lines if line.endswith("}")):  # a power cut can leave half a line
+    for line in (json.loads(line) for line in lines if line.endswith("}}")):  # a power cut can leave half a line
         panels["training loss"]["loss"][line["step"]] = line["loss"]
         for term, dim in ((term, dim) for term, values in line["terms"].items() for dim in values if "cos" in term):
             panels["cosine to the teacher"][f"{term}, {dim} channels"][line["step"]] = line["terms"][term][dim]
@@ -252,28 +247,26 @@ def draw_curves(rows: list[dict], log: Path, file: Path) -> None:
             axes.plot(xs, [*points.values()] * (len(xs) // len(points)), style, label=label)
         axes.set(title=title, **(scale if "%" in title else {"xlabel": "step"}))
         axes.legend(fontsize="small")
-    figure.savefig(file)
+    save_atomically(figure, file, lambda figure, out: figure.savefig(out))
 
 
 def draw_patches(models: dict, tiles: Dataset, file: Path) -> None:  # a row a tile: it, then its tokens' PCA as RGB
     images = torch.stack([tiles[k]["image"] for k in range(min(4, len(tiles)))])
-    columns = {"tile": images / 255}
+    views = {"tile": images / 255}
     for name, (model, _) in models.items():
         z = embed(model, images, kind="patches")  # (4, N, D)
-        colours = (z - z.mean((0, 1))) @ torch.linalg.eigh(z.flatten(0, 1).T.cov())[1][:, -3:]  # (4, N, 3)
-        low, high = colours.flatten(0, 1).quantile(torch.tensor([0.02, 0.98]), 0)
-        colours = ((colours - low) / (high - low).clamp(min=1e-9)).clamp(0, 1).transpose(1, 2)
-        columns[name] = colours.unflatten(2, (math.isqrt(z.shape[1]), -1))
-    cells = torch.stack([F.interpolate(column, (224, 224)) for column in columns.values()], 1).flatten(0, 1)
-    sheet = transforms.functional.to_pil_image(utils.make_grid(cells, nrow=len(columns), padding=4, pad_value=1))
-    for i, name in enumerate(columns):
+        rgb = (z - z.mean((0, 1))) @ torch.linalg.eigh(z.flatten(0, 1).T.cov())[1][:, -3:]  # (4, N, 3)
+        low, high = rgb.flatten(0, 1).quantile(torch.tensor([0.02, 0.98]), 0)
+        views[name] = ((rgb - low) / (high - low).clamp(1e-9)).clamp(0, 1).mT.unflatten(2, (math.isqrt(z.shape[1]), -1))
+    cells = torch.stack([F.interpolate(column, (224, 224)) for column in views.values()], 1).flatten(0, 1)
+    sheet = TF.to_pil_image(utils.make_grid(cells, nrow=len(views), padding=4, pad_value=1))
+    for i, name in enumerate(views):
         ImageDraw.Draw(sheet).text((10 + 228 * i, 8), name, "black", stroke_width=2, stroke_fill="white")
-    sheet.save(file)
+    save_atomically(sheet, file, lambda sheet, out: sheet.save(out, "png"))
 
 
 def main() -> None:
-    parser = cli.OneLineParser("evaluate.py", description=__doc__)
-    add = parser.add_argument
+    add = (parser := cli.OneLineParser("evaluate.py", description=__doc__)).add_argument
     add("runs", nargs="+", metavar="RUN", help="a run folder or a student.pt; several stand side by side")
     add("--data", type=cli.path, help=f"a folder of {data.LABELLED} (default: synthetic tissue)")
     add("--tasks", type=cli.name_list, default=[*TASKS], help=f"of {', '.join(TASKS)} (default: all that fit)")
@@ -284,19 +277,15 @@ def main() -> None:
     add("--half", action="store_true", help="with --embed: fp16 instead of fp32")
     add("--out", type=cli.path, metavar="FILE", help="with --embed: the .npz to write; with --dim alone: the .pt")
     add("--seed", type=cli.natural, default=0, help="of the synthetic tissue (default: 0)")
-    add("--device", help="cuda, mps or cpu (default: the best at hand)")
-    add("--weights-dir", type=cli.path, default="weights", help="where teachers' weights are (default: weights)")
-    args, models = parser.parse_args(), {}
-    device, _ = cli.choose_device(args.device)
+    add("--device", type=cli.path, help="cuda, mps or cpu (default: the best at hand)")
+    add("--weights-dir", type=cli.folder, default="weights", help="where teachers' weights are (default: weights)")
+    device, models = cli.choose_device((args := parser.parse_args()).device)[0], {}
     if not args.tasks or not {*args.tasks} <= TASKS.keys():
         raise InputError(f"--tasks: choose from {', '.join(TASKS)}")
     for run in args.runs:
         student, config = load_student(run, device)
-        width = student.backbone.width
-        if (dim := max([args.dim or 0, *(args.dims or [])])) > width:
+        if (dim := max([args.dim or 0, *(args.dims or [])])) > (width := student.backbone.width):
             raise InputError(f"--dims, --dim: {dim} is above the width of {run}; give at most {width}")
-        if config["step"] < config["steps"]:
-            print(f"note: {run} has done {config['step']} of its {config['steps']} steps")
         models[run] = (student, args.dims or student.nested_dims)
     if args.embed or args.out or args.dim:
         if len(args.runs) > 1 or not args.out or not (args.embed or args.dim):
@@ -304,9 +293,8 @@ def main() -> None:
         if Path(args.out).exists():
             raise InputError(f"--out: {args.out} exists; choose another name, or remove it")
         if args.embed:  # embeddings (n, dim), paths (n,) of the readable tiles, and what made them
-            files, top = data.list_tiles(args.embed, "--embed"), data.top_and_roots(args.embed)[0]
-            tiles = CentreTiles(top, student.backbone.img_size, files)
-            dim, paths = args.dim or width, []
+            files, dim, paths = list_tiles(args.embed, "--embed"), args.dim or width, []
+            tiles = CentreTiles(data.top_and_roots(args.embed)[0], student.backbone.img_size, files)
             embeddings = np.empty((len(tiles), dim), np.float16 if args.half else np.float32)
             for batch in batches(tiles, range(len(tiles)), 64, WORKERS, label=f"embedding {args.embed}"):
                 features = truncate({"summary": embed(student, batch["image"])}, dim)["summary"]
@@ -322,8 +310,8 @@ def main() -> None:
         config["nested_dims"] = [m for m in config["nested_dims"] if m < args.dim] + [args.dim]
         save_atomically({"state_dict": state, "config": config}, args.out)
         return print(f"{args.out}: the student cut to {args.dim} channels; the others are zero")
-    for name in [x for x in config["teachers"] if x in OFFLINE] if args.teachers is None else args.teachers:
-        teacher = load_teacher(name, args.weights_dir, device, **config["teacher_recipe"])
+    for name in [x for x in config["teachers"] if x in cli.OFFLINE] if args.teachers is None else args.teachers:
+        teacher = cli.load_teacher(name, args.weights_dir, device, **config["teacher_recipe"])
         models[f"teacher {name}"] = (teacher, [teacher.embed_dim])
     report(models, [Path(run) for run in args.runs], args.data, args.seed, args.tasks)
 

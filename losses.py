@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import InputError
+from student import InputError
 
 Tokens = dict[str, Tensor]  # {"summary": (B, D), "patches": (B, N, D)}
 
@@ -21,11 +21,9 @@ def hadamard(n: int) -> Tensor:
     """A Hadamard matrix (n, n) of entries +-1, H H^T = n I, in float64. InputError where n has no construction here."""
     if n == 1:
         return torch.ones(1, 1, dtype=torch.float64)
-    if n in (12, 20):  # Paley, from the quadratic residues modulo q = 11 or 19: those i with i^(q // 2) = 1
-        q, H = n - 1, torch.ones(n, n, dtype=torch.float64)
-        chi = torch.tensor([1.0 if pow(i, q // 2, q) == 1 else -1.0 for i in range(q)])
-        H[1:, 1:] = torch.stack([chi.roll(i) for i in range(q)])  # row i, column j: chi[j - i]
-        return H
+    if (q := n - 1) in (11, 19):  # Paley, from the quadratic residues modulo q: those i with i^(q // 2) = 1
+        chi = torch.tensor([1.0 if pow(i, q // 2, q) == 1 else -1.0 for i in range(q)], dtype=torch.float64)
+        return F.pad(torch.stack([chi.roll(i) for i in range(q)]), (1, 0, 1, 0), value=1)  # row i, column j: chi[j - i]
     if n % 2:
         raise InputError("no Hadamard matrix of this width (only 2^k, 12 * 2^k, 20 * 2^k); use --standardize channel")
     return torch.kron(torch.tensor([[1, 1], [1, -1]]), hadamard(n // 2))  # Sylvester's doubling
@@ -41,11 +39,8 @@ class Standardizer(nn.Module):
     def __init__(self, dim: int, mode: str = "phi-s"):
         super().__init__()
         self.mode = mode
-        if mode == "phi-s":
-            hadamard(dim)  # refuses a width that has none before anything slow starts
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("rotation", torch.eye(dim))
-        self.register_buffer("scale", torch.ones(dim))
+        hadamard(dim if mode == "phi-s" else 1)  # refuses a width that has none before anything slow starts
+        self.mean, self.rotation, self.scale = map(nn.Buffer, (torch.zeros(dim), torch.eye(dim), torch.ones(dim)))
 
     def set(self, mean: Tensor, covariance: Tensor, name: str = "teacher") -> "Standardizer":
         """Derive the buffers from mean (D,) and covariance (D, D), both float64. InputError on a constant teacher."""
@@ -55,13 +50,11 @@ class Standardizer(nn.Module):
         rms = variances.mean().sqrt()  # = sqrt(mean(l)): the trace is the sum of the eigenvalues
         if self.mode == "phi-s":
             H = hadamard(len(mean)).to(mean) / len(mean) ** 0.5
-            _, U = torch.linalg.eigh(covariance)
-            self.rotation.copy_((H @ U.T).float())
+            self.rotation.copy_((H @ torch.linalg.eigh(covariance).eigenvectors.T).float())  # R = H U^T
             self.scale.fill_(rms.item())
         elif self.mode == "channel":
             self.scale.copy_(variances.sqrt().clamp(min=1e-6 * rms).float())  # a dead channel is not blown up
-        if self.mode != "none":
-            self.mean.copy_(mean.float())
+        self.mean.copy_(mean.float() * (self.mode != "none"))
         return self
 
     def forward(self, y: Tensor) -> Tensor:
@@ -75,9 +68,8 @@ class Standardizer(nn.Module):
 
 class Standardizers(nn.ModuleDict):  # {teacher: {"summary": Standardizer, "patches": Standardizer}}
     def __init__(self, teacher_dims: dict[str, int], mode: str = "phi-s"):
-        super().__init__()
-        for t, D in teacher_dims.items():
-            self[t] = nn.ModuleDict({kind: Standardizer(D, mode) for kind in ("summary", "patches")})
+        kinds = ("summary", "patches")
+        super().__init__({t: nn.ModuleDict({k: Standardizer(D, mode) for k in kinds}) for t, D in teacher_dims.items()})
 
     @torch.no_grad()
     def measure(self, batches) -> None:
@@ -98,23 +90,27 @@ class Standardizers(nn.ModuleDict):  # {teacher: {"summary": Standardizer, "patc
 
 def distillation_loss(adapted: dict[str, Tokens], targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
     """The sum over teachers of L_{t,m}, for one dim m, of {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}.
-    -> (loss, parts): parts[teacher] holds its mean cosine similarities and smooth-L1 term, detached, for the log."""
+    -> (loss, parts): for the log, each teacher's cosines, smooth-L1 term, deviation over the batch / targets'."""
     loss, parts = 0.0, {}
     for t, y in targets.items():
-        h = adapted[t]
-        summary_cos = F.cosine_similarity(h["summary"].float(), y["summary"].float(), dim=-1).mean()
-        patch_cos = F.cosine_similarity(h["patches"].float(), y["patches"].float(), dim=-1).mean()
-        patch_l1 = F.smooth_l1_loss(h["patches"].float(), y["patches"].float())
+        summary_cos = F.cosine_similarity(adapted[t]["summary"].float(), y["summary"].float(), dim=-1).mean()
+        patch_cos = F.cosine_similarity(adapted[t]["patches"].float(), y["patches"].float(), dim=-1).mean()
+        patch_l1 = F.smooth_l1_loss(adapted[t]["patches"].float(), y["patches"].float())
         loss = loss + (1 - summary_cos) + 0.9 * (1 - patch_cos) + 0.1 * patch_l1
-        parts[t] = {"summary_cos": summary_cos.detach(), "patch_cos": patch_cos.detach(), "patch_l1": patch_l1.detach()}
+        spread = [z.float().std(0, False).mean() for x in (adapted[t], y) for z in (x["summary"], x["patches"][:, 0])]
+        spread = torch.fmin(spread[0] / spread[2], spread[1] / spread[3])  # 0: a dead head
+        part = {"summary_cos": summary_cos, "patch_cos": patch_cos, "patch_l1": patch_l1, "spread": spread}
+        parts[t] = {name: value.detach() for name, value in part.items()}
     return loss, parts
 
 
 def nested_loss(student: nn.Module, tokens: Tokens, targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
     """L = sum over nested dims m and teachers t of L_{t,m}: every prefix of the embedding has to do the whole job.
     tokens: the student's {"summary": (B, D), "patches": (B, N, D)}. -> (loss, {m: parts of distillation_loss at m})."""
-    loss, parts = 0.0, {}
-    for m in student.nested_dims:
-        loss_m, parts[m] = distillation_loss(student.adapt(tokens, m), targets)
-        loss = loss + loss_m  # w_m = 1
-    return loss, parts
+    losses, parts = zip(*[distillation_loss(student.adapt(tokens, m), targets) for m in student.nested_dims])
+    return sum(losses), dict(zip(student.nested_dims, parts))  # w_m = 1
+
+
+class Distiller(nn.Sequential):  # of a student: with the loss in its forward, as DDP wraps and --compile compiles it
+    def forward(self, images: Tensor, targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
+        return nested_loss(self[0], self[0](images), targets)

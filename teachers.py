@@ -6,13 +6,13 @@
     teacher.embed(images)     -> the embedding that the model's card recommends, for evaluating the teacher itself
 `TEACHERS` has one entry a teacher, from its card; every one is the ViT of student.py, loaded strictly."""
 
-import argparse
 import importlib.util
 import math
 import os
 import shutil
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawTextHelpFormatter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
 import student
-from data import CELLS, TASKS, TISSUE_VERSION, TISSUES, InputError, TissueTiles, open_tile, progress, save_atomically
-from student import IMAGENET, P14, REG4, VIT_B, VIT_S, VisionTransformer, load_published, millions, normalise, to_float
+from data import CELLS, TISSUE_VERSION, TISSUES, TissueTiles, open_tile, progress
+from student import IMAGENET, P14, REG4, VIT_B, VIT_S, InputError, VisionTransformer, millions, normalise
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class TeacherSpec:
     interpolation: str = "bicubic"  # of that resize
     patch_mean: bool = False  # the card's embedding is CLS and the mean of patches, not CLS alone
     antialias: bool = True  # in the authors' resampling of pos_embed, where the file has another grid
-    task: str = ""  # offline teachers: the label of synthetic tissue that it knows, of TASKS
+    task: str = ""  # offline teachers: the label of synthetic tissue that it knows
 
 
 P16, NO_SCALE = {"img_size": 224, "patch_size": 16}, {"layer_scale": False}
@@ -63,7 +64,6 @@ HALF = {"norm": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), "interpolation": "bilinear"}
 KAIKO_REPO = "1aurent/vit_%s_224.kaiko_ai_towards_large_pathology_fms"
 GIGAPATH = {"file": "pytorch_model.bin", "gate": "gated", "tile": "256 at 0.5", "resize": 256}
 DRAWN = {"licence": "Apache-2.0, drawn and trained here; binds students: no", "tile": "64, drawn"}
-
 TEACHERS = {
     "uni": TeacherSpec(P16 | VIT_L, BINDS, "MahmoodLab/UNI", **UNI_CARD),
     "uni2_h": TeacherSpec(P14 | VIT_G | REG4 | {"depth": 24, "registers": 8}, BINDS, "MahmoodLab/UNI2-h", **UNI_CARD),
@@ -100,20 +100,16 @@ class Teacher(nn.Module):
         super().__init__()
         self.name, self.vit, self.spec = name, vit.requires_grad_(False), TEACHERS[name]
         self.dim, self.grid, self.licence = vit.width, vit.grid, self.spec.licence
-        self.embed_dim = 2 * vit.width if self.spec.patch_mean else vit.width
-        self.card_size = self.spec.resize or vit.img_size
-        for key, values in zip(("mean", "std"), self.spec.norm):
-            self.register_buffer(key, torch.tensor(values).view(3, 1, 1), persistent=False)
+        self.embed_dim, self.card_size = (1 + self.spec.patch_mean) * vit.width, self.spec.resize or vit.img_size
+        self.mean, self.std = (nn.Buffer(torch.tensor(x).view(3, 1, 1), persistent=False) for x in self.spec.norm)
         self.eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: int | None = None) -> dict[str, Tensor]:
         """Images (B, 3, S, S), uint8 or in [0, 1] -> {"summary": (B, D_t), "patches": (B, N, D_t)}, N = grid * grid.
         `grid` is the student's: patch i of both is the same piece of tissue. ValueError: images that are not square."""
-        images, size = to_float(images), self.vit.img_size
-        if images.shape[-2] != images.shape[-1]:  # resizing would distort them
-            raise ValueError(f"images of {tuple(images.shape[-2:])} px are not square; crop them, or use embed")
-        if images.shape[-1] != size:
+        images, size = normalise(images), self.vit.img_size
+        if images.shape[-1] != size and images.shape[-2] == images.shape[-1]:  # the ViT refuses others
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         # the weights' dtype is the compute dtype: a frozen model needs no fp32 master copy and no autocast
         tokens = self.vit.split(self.vit(normalise(images, self.mean, self.std).to(self.vit.norm.weight.dtype)))
@@ -127,7 +123,7 @@ class Teacher(nn.Module):
         (height, width), size, mode = images.shape[-2:], self.vit.img_size, self.spec.interpolation
         if 4 * min(height, width) < size:
             raise InputError(f"{self.name}: a tile of {width} x {height} px is too small; give {size // 4} px or more")
-        images = to_float(TF.resize(images, self.spec.resize or size, TF.InterpolationMode(mode)))  # antialiased
+        images = normalise(TF.resize(images, self.spec.resize or size, TF.InterpolationMode(mode)))  # antialiased
         summary, patches = self(TF.center_crop(images.clamp(0, 1), size)).values()  # bicubic overshoots
         return torch.cat([summary, patches.mean(1)] if self.spec.patch_mean else [summary], -1)
 
@@ -139,12 +135,11 @@ def check_names(names: list[str]) -> None:
 
 def load_init(vit: VisionTransformer, init: str, weights_dir: str | Path = "weights") -> dict[str, str]:
     """train.py --init: begin from a published teacher, by name, or from a file -> licences of what it came from."""
-    published = init in TEACHERS and init not in OFFLINE
-    path = find_weights([init], weights_dir)[init] if published else Path(init)
-    path = path / "student.pt" if path.is_dir() else path
+    published = find_weights([init], weights_dir) if init in TEACHERS else {}  # an offline one has no file to find
+    path = published.get(init) or (Path(init, "student.pt") if os.path.isdir(init) else Path(init))
     if not path.is_file():
         raise InputError(f"--init: {init} is no file and no published teacher; give dinov2_b, dinov2_s or runs/NAME")
-    content = load_published(vit, path, f"--init: {path}")
+    content = student.load_published(vit, path, f"--init: {path}")
     config = {"licences": {init: TEACHERS[init].licence}} if published else content.get("config", {})
     return config.get("licences") or config.get("teachers") or {path.name: "unknown; ask where the file comes from"}
 
@@ -152,14 +147,12 @@ def load_init(vit: VisionTransformer, init: str, weights_dir: str | Path = "weig
 def find_weights(names: list[str], weights_dir: str | Path = "weights", fetch: bool = True) -> dict[str, Path]:
     """{name: file}, of weights_dir or Hugging Face's cache, or fetched now. InputError names all that are missing."""
     hub = importlib.import_module("huggingface_hub") if importlib.util.find_spec("huggingface_hub") else None
-    if hub:
-        hub.logging.set_verbosity_error()  # its retries would bury the one line below
     found, missing, why = {}, [], "not tried" if hub else "huggingface_hub is not installed"
-    for name, spec in ((name, TEACHERS[name]) for name in names if name not in OFFLINE):
-        local = [Path(weights_dir) / f"{name}.{suffix}" for suffix in ("safetensors", "bin", "pth", "pt")]
-        path = next((path for path in local if path.exists()), None)
+    for name, spec, local in ((x, TEACHERS[x], Path(weights_dir, x)) for x in names if x not in OFFLINE):
+        path = next(filter(Path.exists, (Path(f"{local}.{end}") for end in ("safetensors", "bin", "pth", "pt"))), None)
         if path is None and hub and spec.repo:
             try:  # in its cache, or fetched; where Hugging Face is out of reach, it is asked but once
+                hub.logging.set_verbosity_error()  # its retries would bury the one line below
                 path = hub.hf_hub_download(spec.repo, spec.file, local_files_only=not fetch or "LocalEntry" in why)
             except Exception as error:  # noqa: BLE001 - gated, offline, disk full: many types, and the same remedy
                 why = f"fetching failed: {type(error).__name__}"
@@ -168,7 +161,7 @@ def find_weights(names: list[str], weights_dir: str | Path = "weights", fetch: b
         elif fetch:
             access = "open" if spec.gate == "open" else f"{spec.gate}: request access on its page, then hf auth login"
             source = f"{spec.file} of {spec.repo} (Hugging Face, {access}; {why})" if spec.repo else "its weights"
-            missing.append(f"{name}: put {source} at {local[0].with_suffix(Path(spec.file).suffix)}")
+            missing.append(f"{name}: put {source} at {local}{Path(spec.file).suffix}")
     if missing:
         raise InputError(f"no weights for {'; '.join(missing)}")
     return found
@@ -177,35 +170,36 @@ def find_weights(names: list[str], weights_dir: str | Path = "weights", fetch: b
 def load_teacher(name: str, weights_dir="weights", device="cpu", dtype=torch.float32, steps=500, seed=0) -> Teacher:
     """A frozen teacher computing in `dtype`; offline ones are trained on first use. InputError: no or unfit weights."""
     check_names([name])
-    spec, path = TEACHERS[name], Path(weights_dir) / MADE_HERE.format(name, steps, seed)
-    if not spec.task:
-        path = find_weights([name], weights_dir)[name]
-    elif not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)  # better refused before the training than after it
-        save_atomically(train_offline_teacher(name, steps, seed, device), path)
+    spec, made_here = TEACHERS[name], Path(weights_dir) / MADE_HERE.format(name, steps, seed)
+    path = made_here if spec.task else find_weights([name], weights_dir)[name]
+    if spec.task and not path.exists():
+        print(f"{path} is made now, or waited for if another run makes it", flush=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                student.save_atomically(train_offline_teacher(name, steps, seed, device), path)
     with torch.device("meta"):
         vit = VisionTransformer(**spec.arch)
     source = f"{path}, which should be {f'{spec.file} of {spec.repo}' if spec.repo else name},"
-    load_published(vit, path, source, dtype, spec.antialias)
+    student.load_published(vit, path, source, dtype, spec.antialias)
     return Teacher(name, vit).to(device)
 
 
 def open_cache(folder: str, made_from: dict, row: np.dtype, n: int) -> np.memmap:
     """train.py --cache: memory-mapped outputs (n,), a `row` each. InputError: no space, not made from `made_from`."""
     record, outputs, size = Path(folder) / "made_from.pt", Path(folder) / "outputs", n * row.itemsize
-    if not record.exists():
+    if not outputs.exists():
         free = shutil.disk_usage(next(path for path in record.absolute().parents if path.exists())).free
         print(f"--cache: the teachers' outputs on {n} tiles take {size / 1e9:.3g} GB; {folder} has {free / 1e9:.3g} GB")
         if size > free:
             raise InputError(f"--cache: {folder} lacks {(size - free) / 1e9:.3g} GB; take fewer tiles or another disk")
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with open(outputs, "xb") as file:  # never over a file that is there
-            os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
-        save_atomically(made_from, record)
-    then = student.read_weights(record) | {"bytes": outputs.stat().st_size}
-    for what, now in (made_from | {"bytes": size}).items():
-        if then.get(what) != now:
-            raise InputError(f"--cache: {folder} was made with {what} {then.get(what)}, now {now}; give another folder")
+        reserve = getattr(os, "posix_fallocate", lambda number, _, size: os.truncate(number, size))
+        with FileLock(f"{outputs}.lock"):
+            if not outputs.exists():  # another run may have made it just now
+                student.save_atomically(made_from, record)
+                student.save_atomically(size, outputs, lambda size, file: reserve(file.fileno(), 0, size))
+    then, now = student.read_weights(record) | {"bytes": outputs.stat().st_size}, made_from | {"bytes": size}
+    if differ := [f"{what} {then.get(what)}, now {now[what]}" for what in now if then.get(what) != now[what]]:
+        raise InputError(f"--cache: {folder} was made with {differ[0]}; give another folder")
     return np.memmap(outputs, row, "r+" if os.access(outputs, os.W_OK) else "r")
 
 
@@ -214,43 +208,41 @@ def train_offline_teacher(name: str, steps: int, seed: int, device: str | torch.
     spec, batch_size, lr = TEACHERS[name], 32, 1e-3
     tiles = TissueTiles("teacher", seed).draw(min(6144, steps * batch_size))
     images, labels = tiles["image"].to(device), tiles[spec.task].to(device)
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in spec.norm)
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
-        torch.manual_seed(1000 * seed + TASKS.index(spec.task))
+        torch.manual_seed(1000 * seed + ("cells", "tissue").index(spec.task))
         vit = VisionTransformer(**spec.arch).to(device).train()
         head = nn.Linear(vit.width, len({"cells": CELLS, "tissue": TISSUES}[spec.task])).to(device)
-        parameters = [*vit.parameters(), *head.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.05)
+        optimizer = torch.optim.AdamW([*vit.parameters(), *head.parameters()], lr, (0.9, 0.99), weight_decay=0.05)
         for step in progress(range(steps), f"training offline teacher {name}", steps):
             optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30) * (1 + math.cos(math.pi * step / steps)) / 2
             chosen = torch.randint(len(images), (batch_size,)).to(device)
             batch = torch.rot90(images[chosen], int(torch.randint(4, ())), (2, 3))
-            summary = vit(normalise(batch.flip(3) if torch.rand(()) < 0.5 else batch, mean, std))[:, 0]  # (B, D_t)
+            batch = TF.normalize(normalise(batch.flip(3) if torch.rand(()) < 0.5 else batch), *spec.norm)
             optimizer.zero_grad()
-            F.cross_entropy(head(summary), labels[chosen]).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            F.cross_entropy(head(vit(batch)[:, 0]), labels[chosen]).backward()  # of the summary (B, D_t)
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
             optimizer.step()
     return {key: value.cpu() for key, value in vit.state_dict().items()}
 
 
-OneLineParser = partial(  # one-line errors, whole flags only, the module docstring as the manual
-    argparse.ArgumentParser, formatter_class=argparse.RawTextHelpFormatter, usage=argparse.SUPPRESS, allow_abbrev=False
-)
-
-
-def at_least(smallest: int, text: str) -> int:
-    if not text.strip().isdecimal() or not smallest <= int(text) < 2**62:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {smallest} on")
+def whole(smallest: int, largest: int, text: str) -> int:
+    if not text.strip().isdecimal() or not smallest <= int(text) <= largest:
+        raise ArgumentTypeError(f"{text!r} is not a whole number from {smallest} to {largest}")
     return int(text)
 
 
-natural, positive, plural = (partial(at_least, smallest) for smallest in range(3))
-
-
-def path(text: str) -> str:
+def path(text: str, folder: bool = False) -> str:
     if not text:  # an unset variable of the shell; without this check the default would be taken in silence
-        raise argparse.ArgumentTypeError("it is empty; give a path")
+        raise ArgumentTypeError("it is empty; give a value")
+    if folder and os.path.exists(text) and not os.path.isdir(text):
+        raise ArgumentTypeError(f"{text} is a file; give a folder")
     return text
+
+
+# One-line errors, whole flags only, the module docstring as the manual
+OneLineParser = partial(ArgumentParser, formatter_class=RawTextHelpFormatter, usage=SUPPRESS, allow_abbrev=False)
+natural, positive, plural = (partial(whole, smallest, 2**31 - 1) for smallest in range(3))
+few, batch, folder = partial(whole, 0, 1024), partial(whole, 1, 2**16), partial(path, folder=True)
 
 
 def name_list(text: str) -> list[str]:
@@ -262,29 +254,31 @@ def dim_list(text: str) -> list[int]:
 
 
 def run_main(main) -> None:  # what a user can put right ends a script with one line on stderr and exit code 2
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text
     try:
-        main()
+        code, text = main(), ""
+        if torch.distributed.is_initialized():  # only here, when the DDP module is gone: freeing it later can hang
+            torch.distributed.destroy_process_group()
     except (InputError, OSError) as error:
-        remedy = "" if isinstance(error, InputError) else "; mend that, or choose another place"
-        OneLineParser().exit(2, f"{os.path.basename(sys.argv[0])}: {error}{remedy}\n")
-    except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        code, text = 2, f"{error}{'' if isinstance(error, InputError) else '; mend that, or choose another place'}"
+    except (MemoryError, RuntimeError) as error:
+        code, text = 1, "another process was lost, its own messages say why; go on with --resume"
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            code, text = 2, "out of memory; lower --batch-size, raise --accumulate (same result) or take fewer --dims"
+        elif not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
-        OneLineParser().exit(1, "train.py: another process was lost, its own messages say why; go on with --resume\n")
     except KeyboardInterrupt:
-        OneLineParser().exit(
-            130, "interrupted; a run goes on with --resume, a cache with the same command, all else begins anew\n"
-        )
+        code, text = 130, "interrupted; a run that has saved goes on with --resume, all else with the same command"
+    if code:
+        OneLineParser().exit(code, text and f"{os.path.basename(sys.argv[0])}: {text.replace(chr(10), ' ')}\n")
 
 
 def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.device, torch.dtype]:
     """--device, or the best at hand (on CUDA the GPU of this process), and the compute dtype of --precision on it."""
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device if device.type in ("cpu", "cuda", "mps") else "refused")
     except (RuntimeError, AssertionError):
         raise InputError(f"--device: {name} is not to be had on this machine; use cpu, cuda or mps") from None
     if precision == "fp16" and device.type != "cuda":
@@ -295,12 +289,11 @@ def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.devi
 
 
 def main() -> None:
-    parser = OneLineParser("teachers.py", description=__doc__)
-    add = parser.add_argument
+    add = (parser := OneLineParser("teachers.py", description=__doc__)).add_argument
     add("name", nargs="?", metavar="NAME", help="a teacher to try; without it all are listed")
     add("tile", nargs="?", metavar="TILE", help="an image to embed")
-    add("--weights-dir", type=path, default="weights", help="where weights are looked for (default: weights)")
-    add("--device", help="cuda, mps or cpu (default: the best at hand)")
+    add("--weights-dir", type=folder, default="weights", help="where weights are looked for (default: weights)")
+    add("--device", type=path, help="cuda, mps or cpu (default: the best at hand)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="(default: auto)")
     args = parser.parse_args()
     if args.name is None:
@@ -317,12 +310,11 @@ def main() -> None:
     check_names([args.name])
     device, dtype = choose_device(args.device, args.precision)
     if not args.tile or (image := open_tile(args.tile)) is None:
-        raise InputError(f"TILE: {args.tile} is no image that can be read; give a png, jpg, tif, bmp or webp of 8 bits")
-    began, teacher = time.monotonic(), load_teacher(args.name, args.weights_dir, device, dtype)
-    loaded = time.monotonic()
+        raise InputError(f"TILE: {args.tile or 'none'} is no image that can be read; give a png, jpg, tif, bmp or webp")
+    start, teacher, ready = time.monotonic(), load_teacher(args.name, args.weights_dir, device, dtype), time.monotonic()
     z = teacher.embed(TF.pil_to_tensor(image)[None].to(device)).float().cpu()  # (1, embed_dim)
-    seconds, first = time.monotonic() - loaded, " ".join(f"{value:.4f}" for value in z[0, :5])
-    print(f"{teacher.name}, {dtype} on {device}: loaded in {loaded - began:.1f} s; licence {teacher.licence}")
+    seconds, first = time.monotonic() - ready, " ".join(f"{value:.4f}" for value in z[0, :5])
+    print(f"{teacher.name}, {dtype} on {device}: loaded in {ready - start:.1f} s; licence {teacher.licence}")
     print(f"{args.tile}: {image.width} x {image.height} px, shorter side to {teacher.card_size} px, then the centre")
     print(f"embedding {tuple(z.shape)}, L2 norm {z.norm():.3f}, in {seconds:.2f} s, begins {first}")
 

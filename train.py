@@ -2,7 +2,6 @@
 
     python train.py                                       the offline demo: synthetic tissue, CPU, minutes
     python train.py --teachers uni,virchow --data tiles/  published teachers; says how to get missing weights
-    torchrun --nproc-per-node 8 train.py ...              the same script on many GPUs
     python train.py --resume runs/demo                    go on where a run stopped
 A run folder holds last.pt (all that a resume needs), student.pt (the backbone, loads into timm), log.jsonl. Optimiser,
 schedule, sizes are our choice, not checked against the paper's method section; vit_b and vit_s were not trained out."""
@@ -16,43 +15,31 @@ import time
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
+from signal import SIGINT, SIGTERM, signal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout  # comes with torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
 import teachers as cli
-from data import InputError
-from losses import Standardizers, nested_loss
-from student import STUDENTS, Student, load_strictly, millions, read_weights
+from losses import Distiller, Standardizers
+from student import STUDENTS, InputError, Student, load_strictly, millions, read_weights, save_atomically
 from teachers import OFFLINE, TEACHERS, find_weights
 
 VIT = {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "save_every": 1000}
-DEFAULTS = {
-    "toy": {"dims": [2, 4, 8, 16, 48], "steps": 2000, "batch_size": 32, "lr": 5e-3, "save_every": 250},
-    "vit_s": {"dims": [24, 48, 96, 192, 384], **VIT},
-    "vit_b": {"dims": [48, 96, 192, 384, 768], **VIT},
-}
-WEIGHT_DECAY, BETAS, CLIP, WARMUP = 0.05, (0.9, 0.95), 1.0, 0.04  # warmup: share of the steps
-MAY_CHANGE = {"workers", "device", "data", "weights_dir", "save_every", "log_every", "stop_at"}  # on --resume
-
-
-class Distiller(nn.Module):  # student and loss in one forward: what DDP wraps and --compile compiles
-    def __init__(self, student: Student):
-        super().__init__()
-        self.student = student
-
-    def forward(self, images: Tensor, targets: dict) -> tuple[Tensor, dict]:
-        return nested_loss(self.student, self.student(images), targets)
+DEFAULTS = {"toy": {"dims": [2, 4, 8, 16, 48], "steps": 2000, "batch_size": 32, "lr": 5e-3, "save_every": 250}}
+DEFAULTS |= {"vit_s": {"dims": [24, 48, 96, 192, 384], **VIT}, "vit_b": {"dims": [48, 96, 192, 384, 768], **VIT}}
+BETAS, CLIP, WARMUP = (0.9, 0.95), 1.0, 0.04  # warmup: share of the steps
+WHOLE = {"args", "step", "student", "standardizers", "optimizer", "scaler", "tiles"}  # what a checkpoint holds
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.OneLineParser("train.py", description=__doc__)
-    add, offline = parser.add_argument, ",".join(OFFLINE)
+    add, offline = (parser := cli.OneLineParser("train.py", description=__doc__)).add_argument, ",".join(OFFLINE)
     of = {key: "default: " + ", ".join(f"{name} {d[key]}" for name, d in DEFAULTS.items()) for key in DEFAULTS["toy"]}
     add("--teachers", type=cli.name_list, help=f"comma-separated, of {', '.join(TEACHERS)} (default: {offline})")
     add("--student", choices=STUDENTS, help="(default: toy with offline teachers alone, otherwise vit_b)")
@@ -60,41 +47,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=cli.path, nargs="+", help="folders of tiles (png, jpg, ...), or tar shards of them (or: drawn)")
     add("--steps", type=cli.positive, help=f"optimiser steps; fixes the schedule ({of['steps']})")
     add("--stop-at", type=cli.positive, help="stop after this step with a checkpoint; --steps still fixes the schedule")
-    add("--batch-size", type=cli.positive, help=f"tiles in a step, over all processes ({of['batch_size']})")
+    add("--batch-size", type=cli.batch, help=f"tiles in a step, over all processes ({of['batch_size']})")
     add("--accumulate", type=cli.positive, help="split a step into so many passes when memory is short (default: 1)")
     add("--lr", type=float, help=f"peak rate; lower it if the loss is not finite ({of['lr']})")
     add("--seed", type=cli.natural, help="of student, order of tiles and synthetic tissue (default: 0)")
-    add("--out", type=cli.path, help="run folder (default: runs/demo, with published ones runs/TEACHERS-STUDENT)")
-    add("--resume", type=cli.path, metavar="DIR", help="go on with this run; its arguments are restored")
+    add("--out", type=cli.folder, help="run folder (default: runs/demo, with published ones runs/TEACHERS-STUDENT)")
+    add("--resume", type=cli.folder, metavar="DIR", help="go on with this run; its arguments are restored")
     add("--init", type=cli.path, help="begin from a published teacher (vit_b: dinov2_b), a student.pt or weights file")
     add("--standardize", choices=["phi-s", "channel", "none"], help="of the targets (default: phi-s)")
     add("--stats-tiles", type=cli.plural, help="for target statistics (default: 1024; published on a CPU: 64)")
     add("--teacher-steps", type=cli.positive, help="training of the offline teachers (default: 500)")
     add("--teacher-seed", type=cli.natural, help="of the offline teachers (default: 0)")
-    add("--weights-dir", type=cli.path, help="where weights are looked for, offline teachers kept (default: weights)")
-    add("--cache", type=cli.path, help="run the teachers once, on one view a tile, their outputs kept in this folder")
-    add("--workers", type=cli.natural, help="that read tiles; more if a GPU waits (default: 8 a GPU, 0 on a CPU)")
+    add("--weights-dir", type=cli.folder, help="where weights are looked for, offline teachers kept (default: weights)")
+    add("--cache", type=cli.folder, help="run the teachers once, on one view a tile, their outputs kept in this folder")
+    add("--workers", type=cli.few, help="that read tiles; more if a GPU waits (default: 8 a GPU, 0 on a CPU)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="auto (default): bf16 or fp16 on CUDA, else fp32")
-    add("--device", help="cuda, mps or cpu (default: the best at hand)")
+    add("--device", type=cli.path, help="cuda, mps or cpu (default: the best at hand)")
     add("--compile", action="store_true", default=None, help="torch.compile all models; for long GPU runs")
     add("--save-every", type=cli.positive, help=f"steps between checkpoints ({of['save_every']})")
     add("--log-every", type=cli.positive, help="steps between log lines (default: 50)")
-    given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+    flags = vars(parser.parse_args(argv))
+    given = {key: value for key, value in flags.items() if value is not None}
     if folder := given.pop("resume", None):
-        last = Path(folder) / "last.pt"
-        if not (stored := read_weights(last).get("args") if last.exists() else None):
+        content = read_weights(last) if (last := Path(folder, "last.pt")).exists() else {}
+        stored = content["args"] if WHOLE <= content.keys() and str(content["step"]).isdecimal() else None
+        if not isinstance(stored, dict) or stored.get("student") not in STUDENTS or not stored.keys() >= VIT.keys():
             raise InputError(f"--resume: {last} does not exist, or is no checkpoint of a run; give the folder of one")
-        for key in given.keys() - MAY_CHANGE:
+        for key in given.keys() - {"workers", "device", "data", "weights_dir", "save_every", "log_every", "stop_at"}:
             raise InputError(f"--{key.replace('_', '-')}: this run has {stored.get(key)}; drop it, or do not --resume")
-        return argparse.Namespace(**{"cache": None, **stored, **given, "out": folder, "resume": True})
-    args = {"teachers": OFFLINE, "accumulate": 1, "seed": 0, "standardize": "phi-s", "precision": "auto"}
-    args |= {"teacher_steps": 500, "teacher_seed": 0, "weights_dir": "weights", "compile": False, "log_every": 50}
-    args |= dict.fromkeys(("data", "cache", "stop_at", "stats_tiles", "workers", "device", "init", "resume")) | given
-    cli.check_names(args["teachers"])
-    published = [name for name in args["teachers"] if name not in OFFLINE]
-    args.setdefault("student", "vit_b" if published else "toy")
-    args.setdefault("out", f"runs/{'-'.join(args['teachers'])}-{args['student']}" if published else "runs/demo")
-    args = {**DEFAULTS[args["student"]], **args}
+        given = stored | given | {"out": folder, "resume": True}
+    cli.check_names(names := given.get("teachers", OFFLINE))
+    published = [name for name in names if name not in OFFLINE]
+    of_student = DEFAULTS[kind := given.get("student", "vit_b" if published else "toy")]
+    out = f"runs/{'-'.join(names)}-{kind}" if published else "runs/demo"
+    args = {"teachers": names, "student": kind, "out": out, "accumulate": 1, "seed": 0, "standardize": "phi-s"}
+    args |= {"precision": "auto", "teacher_steps": 500, "teacher_seed": 0, "weights_dir": "weights", "compile": False}
+    args = dict.fromkeys(flags) | args | {"log_every": 50} | of_student | given
     args["dims"] = sorted({*args["dims"], STUDENTS[args["student"]]["width"]})
     if args["cache"] and not args["data"]:
         raise InputError("--cache: give --data as well; drawn tissue keeps its teachers' outputs in memory")
@@ -102,9 +90,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError(f"--student toy is for offline teachers alone, not for {published[0]}; use vit_b or vit_s")
     if not 0 < args["lr"] < math.inf:
         raise InputError(f"--lr: {args['lr']} is not a positive number; try {DEFAULTS[args['student']]['lr']}")
-    if any(Path(out := args["out"], name).exists() for name in ("last.pt", "student.pt", "log.jsonl")):
-        free = next(f"{out}-{i}" for i in range(2, 10**6) if not Path(f"{out}-{i}").exists())
-        raise InputError(f"--out: {out} holds a run; go on with --resume {out}, or begin another with --out {free}")
     return argparse.Namespace(**args)
 
 
@@ -120,20 +105,16 @@ class CachedTiles:
         for batch, rows in zip(read, torch.tensor(todo).split(64)):
             for t, y in teach(batch).items():
                 self.outputs[t][rows] = torch.cat([y["summary"][:, None], y["patches"]], 1).half().cpu()
+                if not np.isfinite(self.outputs[t][rows]).all():
+                    raise InputError(f"the outputs of teacher {t} are not finite in fp16; leave it out, or --cache")
+            getattr(self.outputs, "flush", int)()  # of a file: a row is on the disk before it counts as done
             self.outputs["done"][rows] = 1
+        getattr(self.outputs, "flush", int)()
 
     def __getitem__(self, k: int) -> dict:
-        n, teachers = len(self.rows), self.outputs.dtype.names[1:]
-        row = int(self.rows[data.epoch_order(self.seed, k // n, n)[k % n]])
-        tokens = {t: torch.from_numpy(self.outputs[t][row].copy()) for t in teachers}  # (1 + N, D_t)
+        row = int(self.rows[data.epoch_order(self.seed, k // (n := len(self.rows)), n)[k % n]])
+        tokens = {t: torch.from_numpy(self.outputs[t][row].copy()) for t in self.outputs.dtype.names[1:]}
         return self.tiles[row] | {"outputs": {t: {"summary": y[0], "patches": y[1:]} for t, y in tokens.items()}}
-
-
-def parameter_groups(student: nn.Module) -> list[dict]:  # biases, norms, LayerScale, tokens, positions do not decay
-    groups = [{"params": [], "weight_decay": WEIGHT_DECAY}, {"params": [], "weight_decay": 0.0}]
-    for name, p in student.named_parameters():
-        groups[p.ndim < 2 or name.endswith(("cls_token", "reg_token", "pos_embed"))]["params"].append(p)
-    return groups
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:  # linear warmup, then a cosine to zero; step from 0
@@ -142,7 +123,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:  # linear warmup
     return peak * ((step + 1) / warmup if step < warmup else cosine)
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a signal has ended
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     (device, dtype), out = cli.choose_device(args.device, args.precision), Path(args.out)
     say = (lambda message: None) if rank else (lambda message: print(message, flush=True))
@@ -155,9 +136,8 @@ def train(args: argparse.Namespace) -> None:
         return say(f"{out} has done {start} of {args.steps} steps: nothing to do up to step {stop}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # process 0 may have to fetch weights
+    if world > 1:  # gloo between CPUs and NCCL between GPUs; half an hour: process 0 may have to fetch weights
+        dist.init_process_group(timeout=timedelta(minutes=30))
     # Student and standardisers
     torch.manual_seed(args.seed)
     teacher_dims = {name: TEACHERS[name].arch["width"] for name in args.teachers}
@@ -176,12 +156,21 @@ def train(args: argparse.Namespace) -> None:
     tiles = data.FolderTiles(args.data, size, seed, out) if args.data else data.TissueTiles("distil", seed, size)
     fingerprint = tiles.fingerprint() if args.data else None
     if checkpoint and fingerprint != checkpoint["tiles"]:
-        raise InputError(f"--data: {tiles.root} does not hold the tiles this run began with; give the same ones")
-    recipe, teachers = {"steps": args.teacher_steps, "seed": args.teacher_seed}, {}
-    if not (args.cache and Path(args.cache, "complete").exists()):
-        find_weights(args.teachers, args.weights_dir)  # names every missing teacher at once
-        teachers = {name: cli.load_teacher(name, args.weights_dir, device, dtype, **recipe) for name in args.teachers}
-    out.mkdir(parents=True, exist_ok=True)
+        raise InputError(f"--data: {args.data} does not hold the tiles this run began with; give the same ones")
+    recipe = {"steps": args.teacher_steps, "seed": args.teacher_seed}
+    full = args.cache and {"complete", "outputs"} <= {file.name for file in Path(args.cache).glob("*")}
+    needed = [] if full else args.teachers
+    find_weights(needed, args.weights_dir)  # names every missing teacher at once
+    try:
+        _lock = rank or FileLock(out / "lock").acquire(timeout=0)  # released by the system when this process ends
+    except Timeout:
+        raise InputError(f"--out: another process works on {out}; wait for it, or choose another folder") from None
+    if not args.resume and not rank and any((out / name).exists() for name in ("last.pt", "student.pt", "log.jsonl")):
+        free = next(f"{out}-{i}" for i in range(2, 10**6) if not Path(f"{out}-{i}").exists())
+        raise InputError(f"--out: {out} holds a run; go on with --resume {out}, or begin another with --out {free}")
+    for left in () if rank else out.glob("*.tmp"):  # of a process that was killed
+        left.unlink()
+    teachers = {name: cli.load_teacher(name, args.weights_dir, device, dtype, **recipe) for name in needed}
     for name in args.teachers:
         licences[name], teacher = TEACHERS[name].licence, teachers.get(name)
         text = teacher and f"{millions(teacher):.3f} M parameters, width {teacher.dim}, grid {teacher.grid}"
@@ -224,94 +213,119 @@ def train(args: argparse.Namespace) -> None:
         if args.cache and not rank:
             Path(args.cache, "complete").touch()
     # Statistics of the targets: measured once, by process 0, then frozen
-    if checkpoint:
-        load_strictly(standardizers, checkpoint["standardizers"], f"{out}/last.pt")
-    elif not rank:
+    if not checkpoint and not rank:
         n = args.stats_tiles or (64 if device.type == "cpu" and not set(args.teachers) <= set(OFFLINE) else 1024)
         read = data.batches(tiles, range(n), min(n, args.batch_size), workers, label="target statistics")
         standardizers.measure(to_device(batch)[1] for batch in read)
     for buffer in standardizers.buffers() if world > 1 else ():
         dist.broadcast(buffer, 0)
-    # Optimiser
-    optimizer = torch.optim.AdamW(parameter_groups(student), lr=args.lr, betas=BETAS, fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(student.parameter_groups(), lr=args.lr, betas=BETAS, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
-        load_strictly(student, checkpoint["student"], f"{out}/last.pt")
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # empty where the run so far needed no scaler
-            scaler.load_state_dict(checkpoint["scaler"])
+        for name, model in {"student": student, "standardizers": standardizers}.items():
+            load_strictly(model, checkpoint[name], f"{out}/last.pt, its {name},")
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty where none was needed
+        except Exception:  # noqa: BLE001 - other groups, keys, types: many types, and all mean the same
+            raise InputError(f"{out}/last.pt: its optimizer is of another run; put a whole copy there") from None
     model = torch.compile(Distiller(student)) if args.compile else Distiller(student)
     if world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def save(step: int) -> None:
+        config = {"student": args.student, "arch": STUDENTS[args.student], "nested_dims": args.dims, "step": step}
+        config |= {"steps": args.steps, "teachers": args.teachers, "teacher_recipe": recipe, "licences": licences}
+        if step:  # first, so that wherever it stops, last.pt is a whole checkpoint and student.pt not older
+            save_atomically({"state_dict": vit.state_dict(), "config": config}, out / "student.pt")
         parts = {"student": student, "standardizers": standardizers, "optimizer": optimizer, "scaler": scaler}
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"step": step, "args": vars(args) | {"stop_at": None}, "tiles": fingerprint, "licences": licences}
-        data.save_atomically(state, out / "last.pt")
-        config = {"student": args.student, "arch": STUDENTS[args.student], "nested_dims": args.dims, "step": step}
-        config |= {"steps": args.steps, "teachers": args.teachers, "teacher_recipe": recipe, "licences": licences}
-        data.save_atomically({"state_dict": vit.state_dict(), "config": config}, out / "student.pt")
+        save_atomically(state, out / "last.pt")
 
     # The loop
+    log, ks = out / "log.jsonl", range(start * args.batch_size + rank, stop * args.batch_size, world)
     if not checkpoint and not rank:
         save(0)  # a run can be resumed from its first moment, with the same targets
-    ks = range(start * args.batch_size + rank, stop * args.batch_size, world)
+    elif not rank and log.exists():  # what comes after the checkpoint is done and written again
+        lines = [x for x in log.read_bytes().splitlines() if x[:9] == b'{"step": ' and x[-2:] == b"}}" and x.isascii()]
+        save_atomically(b"".join(x + b"\n" for x in lines if int(x[9 : x.index(b",")]) <= start), log)
     loader = data.batches(tiles, ks, micro_batch, workers, pin=device.type == "cuda")
-    logged, logged_at = start, (began := time.monotonic())
-    first_bad = torch.full((), math.inf, device=device)  # the first step whose loss or gradient was not finite
-    for step in range(start, stop):
-        lr = learning_rate(step, args.steps, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad()
-        total = torch.zeros((), device=device)
-        for micro in range(args.accumulate):
-            images, outputs = to_device(next(loader))
-            targets = standardizers(outputs)  # float32
-            reduce = world == 1 or micro == args.accumulate - 1  # gradients meet once a step
-            with contextlib.nullcontext() if reduce else model.no_sync():
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, parts = model(images, targets)
-                scaler.scale(loss / args.accumulate).backward()
-            total += loss.detach() / args.accumulate
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(student.parameters(), CLIP)
-        done = step + 1
-        finite = total.isfinite() & (norm.isfinite() | scaler.is_enabled())  # where fp16 overflows, the scaler skips
-        first_bad = first_bad.minimum(torch.where(finite, math.inf, done))
-        optimizer.found_inf = (first_bad <= done).float()  # from then on fused AdamW leaves all as it is
-        scaler.step(optimizer)
-        scaler.update()
-        # Log and save: only here the host waits for the device
-        logs, saves = (done % every == 0 or done == stop for every in (args.log_every, args.save_every))
-        if not (logs or saves):
-            continue
-        if world > 1:
-            dist.all_reduce(total.div_(world))
-            dist.all_reduce(first_bad, dist.ReduceOp.MIN)
-        if first_bad.isfinite():  # on every process, so that all leave together
-            raise InputError(f"--lr: loss not finite at step {first_bad:.0f}; {out}/last.pt is older; begin anew")
-        if logs and not rank:
-            now, text, terms, ends = time.monotonic(), "", {}, (args.dims[-1], args.dims[0])
-            for t in args.teachers:  # terms at the largest/smallest dim, of this process's last batch
-                terms |= {f"{t}/{key}": {m: parts[m][t][key].item() for m in ends} for key in parts[ends[0]][t]}
-                cosines = (parts[m][t][key] for key in ("summary_cos", "patch_cos") for m in ends)
-                text += "  {} summary {:.2f}/{:.2f} patch {:.2f}/{:.2f}".format(t, *cosines)
-            rate = (done - logged) * args.batch_size / (now - logged_at)
-            eta = (stop - done) * (now - began) / (done - start)
-            logged, logged_at, loss = done, now, total.item()
-            peak = torch.cuda.max_memory_allocated() / 1e9  # of the GPU, or below of the process, where Linux tells it
-            if device.type == "cpu" and (status := Path("/proc/self/status")).exists():
-                peak = int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1e6
-            line = {"step": done, "loss": loss, "lr": lr, "tiles_per_s": rate, "peak_gb": peak, "terms": terms}
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            text += f"  lr {lr:.1e}  {rate:.3g} tiles/s{f'  {peak:.1f} GB' if peak else ''}  ETA {eta:.0f} s"
-            say(f"step {done}/{args.steps}  loss {loss:.3f}{text}")
-        if saves and not rank:
-            save(done)
-    if stop < args.steps:
+    done, logged, logged_at = start, start, (began := time.monotonic())
+    numbers = [*(f"the outputs of teacher {t} are" for t in args.teachers), "the loss is", "the gradient is"]
+    first_bad, dead = torch.full((len(numbers),), math.inf, device=device), []  # the step from which each is not finite
+    came = np.zeros(1, int)  # SIGTERM or Ctrl-C, which end the loop after a step, on all processes after the same one
+    before = {number: signal(number, lambda number, _: came.fill(number)) for number in (SIGTERM, SIGINT)}
+    try:
+        while done < stop:
+            step, done = done, done + 1
+            lr = learning_rate(step, args.steps, args.lr)
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
+            optimizer.zero_grad()
+            sums = 0.0  # (teachers + 1,): of each one's targets, and the loss
+            for micro in range(args.accumulate):  # gradients meet once a step, in its last pass
+                images, outputs = to_device(next(loader))
+                targets = standardizers(outputs)  # float32
+                with model.no_sync() if world > 1 and micro < args.accumulate - 1 else contextlib.nullcontext():
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        loss, parts = model(images, targets)
+                    scaler.scale(loss / args.accumulate).backward()
+                of_teachers = [y["summary"].sum() + y["patches"].sum() for y in targets.values()]
+                sums += torch.stack([*of_teachers, loss.detach()])
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+            finite = torch.stack([*sums, norm]).isfinite()
+            finite[-1] |= scaler.is_enabled()  # where fp16 overflows, the scaler skips the step and lowers its scale
+            first_bad = first_bad.minimum(torch.where(finite, math.inf, done))
+            optimizer.found_inf = (first_bad.min() <= done).float()  # from then on fused AdamW leaves all as it is
+            scaler.step(optimizer)
+            scaler.update()
+            if world > 1 and done % 10 == 0:
+                dist.all_reduce(torch.from_numpy(came), dist.ReduceOp.MAX)
+            if came[0] and (world == 1 or done % 10 == 0):
+                stop = done
+            # Log and save: only here the host waits for the device
+            logs, saves = (done % every == 0 or done == stop for every in (args.log_every, args.save_every))
+            if not (logs or saves):
+                continue
+            if world > 1:
+                dist.all_reduce(sums)
+                dist.all_reduce(first_bad, dist.ReduceOp.MIN)  # on every process, so that all leave together
+            spreads = {f"{t} at dim {m}": parts[m][t]["spread"] for m in args.dims for t in args.teachers}
+            was_dead, dead, why = dead, [head for head, spread in spreads.items() if spread < 1e-6], ""
+            if (bad := min(steps := first_bad.tolist())) < math.inf:
+                why = f"{numbers[steps.index(bad)]} not finite"
+            elif scaler.is_enabled() and scaler.get_scale() < 1:  # halved more than 16 times
+                why = "the gradient is not finite in fp16, at any scale"
+            elif was_dead and dead:  # for a while
+                why = "the student has collapsed" if len(dead) == len(spreads) else f"dead adaptor of teacher {dead[0]}"
+            if why:
+                why = f"step {min(bad, done):.0f}: {why}; {out}/last.pt is from before"
+                raise InputError(f"{why}: begin another run, with a lower --lr or --precision fp32")
+            if logs and not rank:
+                now, text, terms, ends = time.monotonic(), "", {}, (args.dims[-1], args.dims[0])
+                for t in args.teachers:  # terms at the largest/smallest dim, of this process's last batch
+                    terms |= {f"{t}/{key}": {m: parts[m][t][key].item() for m in ends} for key in parts[ends[0]][t]}
+                    cosines = (parts[m][t][key] for key in ("summary_cos", "patch_cos") for m in ends)
+                    text += "  {} summary {:.2f}/{:.2f} patch {:.2f}/{:.2f}".format(t, *cosines)
+                rate = (done - logged) * args.batch_size / (now - logged_at)
+                eta = (stop - done) * (now - began) / (done - start)
+                logged, logged_at, loss = done, now, sums[-1].item() / args.accumulate / world
+                peak = torch.cuda.max_memory_allocated() / 1e9
+                line = {"step": done, "loss": loss, "lr": lr, "tiles_per_s": rate, "peak_gb": peak, "terms": terms}
+                try:
+                    with open(log, "a") as file:
+                        file.write(json.dumps(line) + "\n")
+                except OSError as error:
+                    raise InputError(f"cannot write {log}: {error}; free some space, then --resume {out}") from None
+                text += f"  lr {lr:.1e}  {rate:.3g} tiles/s{f'  {peak:.1f} GB' if peak else ''}  ETA {eta:.0f} s"
+                say(f"step {done}/{args.steps}  loss {loss:.3f}{text}")
+            if saves and not rank:
+                save(done)
+    finally:
+        for number, handler in before.items():
+            signal(number, handler)
+    if stop < args.steps or came[0]:
         say(f"stopped after step {stop} of {args.steps}; go on with: python train.py --resume {out}")
     elif not rank:
         if demo:  # its table
@@ -319,13 +333,8 @@ def train(args: argparse.Namespace) -> None:
             models["student"] = (student.eval(), student.nested_dims)
             evaluate.report(models, [out], None, args.seed, ["knn"])
         print(f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out} [--data labelled/]")
-
-
-def main() -> None:
-    train(parse_args())
-    if dist.is_initialized():  # only here, when the DDP module is gone: freeing it later can hang
-        dist.destroy_process_group()
+    return 128 + int(came[0]) if came[0] else None
 
 
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(lambda: train(parse_args()))

@@ -17,7 +17,7 @@ from PIL import Image
 import data
 from losses import Standardizers
 from student import Student
-from train import BETAS, CLIP, Distiller, parameter_groups
+from train import BETAS, CLIP, Distiller
 
 
 def draw_jpeg(folder: Path, size: int, k: int) -> None:
@@ -78,7 +78,7 @@ def training_step(teachers: dict, name: str, dims: list[int], device, dtype, com
     torch.manual_seed(0)
     teacher_dims = {t: teacher.dim for t, teacher in teachers.items()}
     student, standardizers = Student(name, teacher_dims, dims).to(device), Standardizers(teacher_dims).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(student), lr=1e-4, betas=BETAS, fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(student.parameter_groups(), lr=1e-4, betas=BETAS, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     model = torch.compile(Distiller(student)) if compiled else Distiller(student)
     for block in [block for teacher in teachers.values() for block in teacher.vit.blocks if compiled]:
