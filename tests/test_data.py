@@ -1,21 +1,35 @@
 """Sample k is a function of (seed, k) alone; tiles are read as Pillow reads them; unreadable ones are counted."""
 
 import bz2
+import collections
+import contextlib
+import gc
 import gzip
 import hashlib
 import io
+import json
+import lzma
 import os
 import re
+import resource
 import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
 import tarfile
 import time
+import tracemalloc
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_shard, write_tiles
-from PIL import Image
+from conftest import ROOT, write_shard, write_tiles
+from PIL import Image, ImageOps
 
 import data
 from data import (
@@ -158,7 +172,7 @@ def test_a_folder_of_nothing_but_broken_tiles_does_not_hang(tmp_path):
 def test_empty_and_missing_folders(tmp_path):
     with pytest.raises(InputError, match=f"--data: {tmp_path} holds no images "):
         FolderTiles(tmp_path, 64, 0)
-    with pytest.raises(InputError, match="--data: .*nowhere is no folder of images and no tar shard"):
+    with pytest.raises(InputError, match="--data: .*nowhere is no folder of images and no uncompressed .tar"):
         FolderTiles(tmp_path / "nowhere", 64, 0)
 
 
@@ -168,6 +182,308 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
     (tmp_path / "tiles" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "tiles" / "circle").symlink_to(tmp_path / "tiles")
     assert data.list_tiles(tmp_path / "tiles") == [f"linked/tile_00{i}.png" for i in range(3)]
+
+
+# ---- hostile images ------------------------------------------------------------------------------------------------
+SUFFIXES = ("png", "jpg", "tif", "bmp", "webp")
+DAMAGE = ("cut short", "1 bit", "10 bits", "100 bits", "zeroed", "appended", "inserted", "another suffix")
+
+
+@contextlib.contextmanager
+def within(seconds, what):
+    """Fail with something that no `except Exception` swallows, where a pipe or a loop would hang for ever."""
+
+    def late(*_):
+        pytest.fail(f"{what}: not done within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def encoded(image, suffix, **options):
+    file = io.BytesIO()
+    image.save(file, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix), **options)
+    return file.getvalue()
+
+
+def png(width, height, depth, colour, rows, level=1):
+    """A PNG made by hand, of kinds that Pillow does not write; rows: its pixels, each row behind a filter byte."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, level)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def plain_images(rng):
+    """(suffix, content) of small tiles of 8 bits, some grey, some with a palette or compressed in another way."""
+    for suffix in SUFFIXES:
+        for mode in ("RGB", "RGB", "L", "P", "RGBA", "CMYK"):
+            size = rng.integers(40, 101, 2)
+            smooth = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(size.tolist(), 3)
+            with contextlib.suppress(OSError):  # a mode that the format does not know
+                yield suffix, encoded(smooth.convert(mode), suffix)
+                if suffix == "tif":
+                    for way in ("tiff_lzw", "packbits", "tiff_deflate", "jpeg"):
+                        yield suffix, encoded(smooth.convert(mode), suffix, compression=way)
+
+
+def odd_images(rng):
+    """(what, suffix, content) of whole images that are unusual, and of some that claim to be huge."""
+
+    def noise(width, height, *channels):
+        return rng.integers(0, 256, (height, width, *channels), dtype=np.uint8)
+
+    rgb = Image.fromarray(noise(60, 45, 3))
+    for suffix in SUFFIXES:
+        for size in ((1, 1), (1, 5000), (5000, 1), (1000, 1), (1001, 1), (2, 1999)):
+            yield "strip {}x{}".format(*size), suffix, encoded(Image.fromarray(noise(*size, 3)), suffix)
+        for way in range(10) if suffix != "bmp" else ():  # 0 and 9 are no orientations
+            exif = Image.Exif()
+            exif[0x0112] = way
+            yield f"orientation {way}", suffix, encoded(rgb, suffix, exif=exif)
+        yield "no bytes", suffix, b""
+    for suffix in ("png", "tif"):
+        for mode in ("1", "L", "LA", "P", "RGBA"):
+            yield f"mode {mode}", suffix, encoded(rgb.convert(mode), suffix)
+        for top in (65535, 255, 200, 1):
+            grey = Image.fromarray(rng.integers(0, top + 1, (40, 50)).astype(np.uint16))
+            yield f"16-bit grey up to {top}", suffix, encoded(grey, suffix)
+    deep = noise(50, 40, 6)
+    yield "16-bit RGB", "png", png(50, 40, 16, 2, b"".join(b"\0" + row.tobytes() for row in deep))
+    yield "16-bit grey and alpha", "png", png(50, 40, 16, 4, b"".join(b"\0" + row[:, :4].tobytes() for row in deep))
+    clear = rgb.quantize(16)
+    yield "palette with transparency", "png", encoded(clear, "png", transparency=3)
+    yield "palette with alphas", "png", encoded(clear, "png", transparency=bytes(range(0, 256, 16)))
+    yield "RGB with a transparent colour", "png", encoded(rgb, "png", transparency=(1, 2, 3))
+    yield "CMYK", "jpg", encoded(rgb.convert("CMYK"), "jpg")
+    yield "progressive", "jpg", encoded(rgb, "jpg", progressive=True, quality=60)
+    yield "lossless", "webp", encoded(rgb.convert("RGBA"), "webp", lossless=True)
+    yield "float", "tif", encoded(Image.fromarray(noise(50, 40).astype(np.float32)), "tif")
+    for mode in ("LAB", "YCbCr"):
+        yield (
+            f"mode {mode}",
+            "tif",
+            encoded(rgb.convert("YCbCr") if mode == "YCbCr" else Image.new("LAB", (50, 40)), "tif"),
+        )
+    frames = [Image.fromarray(noise(60, 45, 3)) for _ in range(3)]
+    for what, kind, suffix in (("animated", "webp", "webp"), ("APNG", "png", "png"), ("GIF", "gif", "png")):
+        yield what, suffix, encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    yield "several pages", "tif", encoded(frames[0], "tif", save_all=True, append_images=frames[1:])
+    for kind in ("ppm", "tga", "ico", "pcx", "jpeg2000", "avif"):
+        with contextlib.suppress(OSError, KeyError):  # this Pillow was built without it
+            yield f"a {kind} inside", "png", encoded(rgb, kind)
+    for width, height in ((60_000, 60_000), (20_000, 9_000), (10_000, 9_000), (2**31 - 1, 1), (0, 40)):
+        yield f"claims {width}x{height}", "png", png(width, height, 8, 2, b"\0" * 1000)
+    yield "12000x12000", "png", png(12_000, 12_000, 1, 0, bytes(1501) * 12_000)
+    yield "30000x40", "png", png(30_000, 40, 8, 0, (b"\0" + bytes(range(250)) * 120) * 40)
+    yield "30000x20", "png", png(30_000, 20, 8, 0, bytes(30_001) * 20)
+    for claimed in (b"\xff\x7f", b"\xff\xff"):  # the height that a bitmap, here of 40x30, is said to have
+        bmp = encoded(Image.fromarray(noise(40, 30, 3)), "bmp")
+        yield f"claims {claimed.hex()} rows", "bmp", bmp[:22] + claimed + bmp[24:]
+
+
+def damaged(content, how, rng):
+    """The content with a piece lost, changed or added."""
+    n, bits = len(content), re.match(r"\d+", how)
+    start, stop = sorted(rng.integers(0, n + 1, 2).tolist())
+    if bits:
+        changed = bytearray(content)
+        for bit in rng.integers(0, min(n, 10 ** rng.integers(2, 6)) * 8, int(bits[0])):  # often in the header
+            changed[bit // 8] ^= 1 << bit % 8
+        return bytes(changed)
+    if how == "zeroed":
+        stop = min(stop, start + int(rng.integers(1, 200)))
+        return content[:start] + bytes(stop - start) + content[stop:]
+    more = rng.bytes(int(rng.integers(1, 300)))
+    ways = {
+        "cut short": content[:start],
+        "appended": content + more,
+        "inserted": content[:start] + more + content[start:],
+    }
+    return ways.get(how, content)
+
+
+def hostile_images(n, seed=0):
+    """n images as (what, name, content): each odd one once, and plain and odd ones damaged. n = 2,000 are 3 MB."""
+    rng = np.random.default_rng(seed)
+    odd, plain = list(odd_images(rng)), list(plain_images(rng))
+    small = plain * 4 + [(suffix, content) for _, suffix, content in odd if 0 < len(content) < 20_000]
+    for i in range(n):
+        if i < len(odd):
+            what, suffix, content = odd[i]
+        else:
+            what, (suffix, content) = DAMAGE[i % len(DAMAGE)], small[rng.integers(len(small))]
+            content = damaged(content, what, rng)
+            if what == "another suffix":
+                suffix = SUFFIXES[rng.integers(len(SUFFIXES))]
+        yield what, f"{i:05d} {what}.{suffix}", content
+
+
+def pillows_own(path):
+    """((size, pixels) of the upright RGB image, or None where Pillow raises; whether open_tile may refuse it)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with (
+                open(path, "rb") as file,
+                Image.open(file) as image,
+            ):  # a file: for a name Pillow maps raw pixels unseen
+                refusable = max(image.size) > 1000 * min(image.size) or image.mode[0] in "IF"
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+                return (upright.size, upright.tobytes()), refusable
+    except Exception:  # noqa: BLE001 - whatever it is
+        return None, True
+
+
+def outcome(path):
+    """Read with open_tile, beside Pillow: "read", "refused", "broken"; another word where the two disagree."""
+    with within(10, path.name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opened = data.open_tile(path)
+    expected, refusable = pillows_own(path)
+    if opened is None:
+        return "broken" if expected is None else "refused" if refusable else "lost"
+    if expected is None:
+        return "made up"
+    return "read" if opened.mode == "RGB" and (opened.size, opened.tobytes()) == expected else "other pixels"
+
+
+def special_files(folder, good):
+    """{name: whether it can be read} of links, pipes, sockets, huge files and odd names that are now in the folder."""
+    names = ["新しい é.png", "line\nbreak.png", "tab\t'quote\".png", "-dash.png", " .png", "x" * 251 + ".png"]
+    names += [os.fsdecode(b"\xff\xfe\x80.png"), "cr\rlf.png", "esc\x1b[31m.png"]
+    readable = {}
+    for name in names:
+        with contextlib.suppress(OSError):  # a file system of UTF-8 alone
+            (folder / name).write_bytes(good)
+            (folder / f"bad {name}"[-240:]).write_bytes(good[:200])
+            readable |= {name: True, f"bad {name}"[-240:]: False}
+    (folder / "good link.png").symlink_to(folder / names[0])
+    (folder / "broken link.png").symlink_to(folder / "nowhere")
+    (folder / "circle a.png").symlink_to(folder / "circle b.png")
+    (folder / "circle b.png").symlink_to(folder / "circle a.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "linked pipe.png").symlink_to(folder / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(folder):  # a path of at most 107 bytes
+        listener.bind("socket.png")
+    (folder / "null.png").symlink_to("/dev/null")
+    with open(folder / "huge.png", "wb") as file:
+        file.write(good)
+        file.truncate(600 * 2**20)  # sparse: Pillow would read it
+    kinds = ("broken link", "circle a", "circle b", "pipe", "linked pipe", "socket", "null", "huge")
+    return readable | {"good link.png": True} | {f"{kind}.png": False for kind in kinds}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_thousand_hostile_images_are_read_as_pillow_reads_them_or_not_at_all(tmp_path):
+    found, wrong = collections.Counter(), []
+    for what, name, content in hostile_images(2000):
+        (tmp_path / name).write_bytes(content)
+        word = outcome(tmp_path / name)
+        found[word] += 1
+        wrong += [(word, name)] * (word not in ("read", "refused", "broken"))
+        if "claims" in what or what in ("12000x12000", "30000x20", "strip 1x5000", "strip 5000x1", "strip 1001x1"):
+            assert word in ("refused", "broken"), name
+        if what in ("30000x40", "strip 1000x1", "strip 2x1999", "CMYK", "APNG", "GIF", "16-bit RGB", "several pages"):
+            assert word == "read", name
+        (tmp_path / name).unlink()
+    assert not wrong, wrong
+    assert found["read"] > 500 and found["broken"] > 500 and found["refused"] > 20, found  # none is all there is
+
+
+def test_links_pipes_sockets_huge_files_and_odd_names(tmp_path):
+    good = write_tiles(tmp_path / "loose", 1, (64, 64))[0]
+    expected, folder = pillows_own(good)[0][1], tmp_path / "tiles"
+    folder.mkdir()
+    for name, readable in special_files(folder, good.read_bytes()).items():
+        with within(5, name):
+            opened = data.open_tile(folder / name)
+        assert (opened and opened.tobytes()) == (expected if readable else None), name
+    (folder / "folder.png").mkdir()
+    assert data.open_tile(folder / "folder.png") is None
+
+
+def test_an_endless_device_named_as_a_tile_is_not_read(tmp_path):
+    (tmp_path / "x.png").symlink_to("/dev/zero")
+    before, taken = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (taken * os.sysconf("SC_PAGE_SIZE") + 2**30, before[1]))
+    tracemalloc.start()
+    try:
+        with within(20, "/dev/zero"):
+            assert data.open_tile(tmp_path / "x.png") is None
+        assert tracemalloc.get_traced_memory()[1] < 10e6  # bytes, at its most
+    finally:
+        tracemalloc.stop()
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.fixture(scope="module")
+def hostile_folder(tmp_path_factory):
+    """{path: whether it can be read} of 500 hostile images and of special files, one folder below each other."""
+    folder = tmp_path_factory.mktemp("hostile")
+    readable, good = {}, write_tiles(folder, 1, (64, 64))[0]
+    for what, name, content in hostile_images(500, seed=1):
+        path = folder / what[:1] / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        expected, refusable = pillows_own(path)
+        if not (expected and refusable):  # what may be refused is tested alone
+            readable[str(path)] = expected is not None
+        else:
+            path.unlink()
+    (folder / "special").mkdir()
+    special = special_files(folder / "special", good.read_bytes())
+    (folder / "special" / "folder.png").mkdir()  # listed as a folder, so never read
+    return folder, readable | {f"{folder}/special/{name}": known for name, known in special.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_hostile_files_in_a_folder_are_named_once_counted_and_replaced(hostile_folder, capfd, workers):
+    folder, readable = hostile_folder
+    unreadable = {path for path, known in readable.items() if not known}
+    tiles = FolderTiles(folder, 32, seed=0)
+    assert {f"{folder}/{file}" for file in tiles.files} >= readable.keys()
+    tiles.files += ["tile_000.png"] * (101 * len(unreadable))  # one good tile so often that 1 % is never reached
+    order = data.epoch_order(0, 0, len(tiles.files))
+    hostile = [k for k in range(len(order)) if tiles.files[order[k]] != "tile_000.png"]
+    with within(60, "reading a folder"):
+        images = samples(tiles, [*hostile, *hostile[:50]], workers, batch_size=16)
+    assert len(images) == len(hostile) + 50 and images[0].shape == (3, 32, 32)
+    assert sorted(tiles.unreadable) == sorted(unreadable)
+    lines = [line for line in capfd.readouterr().err.split("\n") if "skipped unreadable tile" in line]
+    assert len(lines) == len(unreadable)  # a line each, whatever is in a name
+    for path in unreadable:
+        assert sum(repr(path) in line for line in lines) == 1, path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_of_hostile_files_ends_in_one_line(hostile_folder, workers):
+    tiles = FolderTiles(hostile_folder[0], 32, seed=0)
+    with (
+        within(60, "reading a folder"),
+        pytest.raises(InputError, match="over 1 % of .* tiles are unreadable") as error,
+    ):
+        samples(tiles, range(len(tiles.files)), workers, batch_size=16)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["line\nbreak.png", os.fsdecode(b"\xff\xfe.png"), "cr\rlf.png"])
+def test_a_broken_tile_of_an_odd_name_ends_in_one_line(tmp_path, name):
+    (tmp_path / name).write_bytes(b"broken")
+    with pytest.raises(InputError, match="over 1 % of 1 tiles are unreadable") as error:
+        samples(FolderTiles(tmp_path, 32, 0), range(1))
+    assert len(str(error.value).splitlines()) == 1
 
 
 # ---- tar shards and the index of tiles -----------------------------------------------------------------------------
@@ -276,6 +592,12 @@ def test_a_path_that_exists_is_no_pattern(tmp_path):
     assert len(data.list_tiles(tmp_path / "tiles[1]")) == 3
 
 
+def test_a_pipe_named_as_a_shard_is_refused_and_not_waited_for(tmp_path, shards):
+    os.mkfifo(shards / "z.tar")
+    with pytest.raises(InputError, match=r"z\.tar is no whole, uncompressed tar"):
+        data.list_tiles(shards)
+
+
 @pytest.mark.parametrize("given", ["gone", "gone.tar", "gone*.tar", "notes.txt", "c.tar.gz"])
 def test_one_unfit_path_among_several_is_refused_by_name(tmp_path, shards, given):
     (tmp_path / "notes.txt").write_text("no tile")
@@ -293,7 +615,7 @@ def test_compressed_and_missing_shards_end_in_one_line(tmp_path, shards):
         with pytest.raises(InputError, match=r"--data: .*/shards/b\.tar is no whole, uncompressed tar") as error:
             data.list_tiles(shards)
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"--data: .*/shards/c\.tar is no folder of images and no tar shard"):
+    with pytest.raises(InputError, match=r"--data: .*/shards/c\.tar is no folder of images and no uncompressed .tar"):
         data.list_tiles(shards / "c.tar")
 
 
@@ -457,6 +779,322 @@ def test_a_shard_that_comes_while_its_folder_is_listed_is_found_the_next_time(tm
         patch.setattr(os, "walk", walk)
         assert len(data.list_tiles(shards, spare=tmp_path / "run")) == 12
     assert len(data.list_tiles(shards, spare=tmp_path / "run")) == 18
+
+
+# ---- hostile shards ------------------------------------------------------------------------------------------------
+def block(name, content=b"", kind=tarfile.REGTYPE, size=None, form=tarfile.GNU_FORMAT, **changes):
+    """A member of a shard as bytes: its header, which may lie about the size, and its content."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(content) if size is None else size
+    for key, value in changes.items():
+        setattr(info, key, value)
+    return info.tobuf(form) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+
+
+def write_blocks(path, *blocks):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(blocks) + bytes(1024))
+    return path
+
+
+def tree(folder):
+    """What lies below a folder, links not followed: sizes, times and kinds."""
+    found = sorted(os.path.join(top, name) for top, *both in os.walk(folder) for names in both for name in names)
+    return {path: (os.lstat(path).st_size, os.lstat(path).st_mtime_ns, os.lstat(path).st_mode) for path in found}
+
+
+def noise_tile(seed, size=16):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(pixels), "png")
+
+
+def listed_or_refused(shard, given=None):
+    """The tiles of a shard, or None where it is refused in one line that names it; it may not hang."""
+    try:
+        with within(10, shard.name):
+            return data.list_tiles(given or shard)
+    except InputError as error:
+        line = str(error)
+        assert line.startswith("--data: ") and str(shard) in line and len(line.splitlines()) == 1, line
+        return None
+
+
+def around(cut):
+    """Damage to a shard at the header of its fourth tile: (what is before it, what is after) -> what is written."""
+
+    def damage(whole):
+        place = whole.index(b"tile_009.png")
+        return cut(whole[:place], whole[place:])
+
+    return damage
+
+
+UNFIT = {
+    "no bytes": lambda whole: b"",
+    "no members": lambda whole: bytes(10_240),
+    "a block of zeros": lambda whole: bytes(512),
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "without its end": lambda whole: whole.rstrip(b"\0"),
+    "cut in the middle": lambda whole: whole[: len(whole) // 2],
+    "a byte lost": lambda whole: whole[:700] + whole[701:],
+    "a header zeroed": around(lambda before, rest: before + bytes(512) + rest[512:]),
+    "a header and its tile zeroed": around(lambda before, rest: before + bytes(10_240) + rest[10_240:]),
+    "a bit flipped in a header": around(lambda before, rest: before + b"T" + rest[1:]),
+    "two shards in one file": lambda whole: whole + whole,
+    "text": lambda whole: b"no tar at all" * 999,
+    "noise": lambda whole: np.random.default_rng(0).bytes(20_000),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_an_unfit_shard_is_refused_by_name_at_the_start(shards, what):
+    unfit = shards / "b.tar"
+    unfit.write_bytes(UNFIT[what](unfit.read_bytes()))
+    for given in (unfit, [str(shards / "a.tar"), str(unfit)], shards):
+        assert listed_or_refused(unfit, given) is None
+
+
+def test_a_tile_zeroed_within_a_shard_is_unreadable_by_name(shards, capsys):
+    whole = (shards / "b.tar").read_bytes()
+    tile = next(tile for tile in data.list_tiles(shards / "b.tar") if tile.endswith("tile_009.png"))
+    start = int(re.search(r"/(\d+)\+", tile)[1]) + 2000
+    (shards / "b.tar").write_bytes(whole[:start] + bytes(3000) + whole[start + 3000 :])
+    tiles = FolderTiles(shards, 64, 0)
+    tiles.files += [tiles.files[0]] * 100
+    samples(tiles, range(len(tiles.files)))
+    assert tiles.unreadable == [f"{shards}/b.tar/{tile.split('/', 1)[1]}"] and tile in capsys.readouterr().err
+
+
+LIES = [-512, -1024, -1536, -(10**6), -1, 0, 511, 10**9, 2**62, 2**80]
+
+
+@pytest.mark.parametrize("size", LIES)
+@pytest.mark.parametrize("place", ["header", "PAX"])
+def test_a_member_that_lies_about_its_size_is_no_hang_and_no_other_tile(tmp_path, size, place):
+    """tarfile goes back where a size is negative: in a circle, on Pythons that do not refuse it."""
+    good = noise_tile(0, 40)  # 10 blocks
+    lie = block("lie.png", good, size=size) if place == "header" else block("lie.png", good)
+    if place == "PAX":
+        record = f"{len(f'00 size={size}') + 1:02d} size={size}\n".encode()
+        lie = block("pax", record, tarfile.XHDTYPE) + lie
+    shard = write_blocks(tmp_path / "a.tar", block("a.png", good), lie, block("b.png", good))
+    assert listed_or_refused(shard) is None
+
+
+def test_a_member_a_little_longer_or_shorter_than_its_header_says(tmp_path):
+    good, expected = noise_tile(0, 40), np.array(Image.open(io.BytesIO(noise_tile(0, 40))))
+    sizes = {"short.png": len(good) - 200, "long.png": len(good) + 3, "right.png": len(good)}
+    assert len({-(-size // 512) for size in sizes.values()}) == 1  # so the next header is found all the same
+    shard = write_blocks(tmp_path / "a.tar", *(block(name, good, size=size) for name, size in sizes.items()))
+    for tile in data.list_tiles(shard):
+        opened = data.open_tile(tmp_path / tile)
+        assert opened is None if tile.endswith("short.png") else np.array_equal(np.array(opened), expected), tile
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_headers_of_headers_without_end_are_no_traceback(tmp_path, kind):
+    """tarfile reads each inside the one before, to Python's limit of recursion."""
+    more = block("more", b"x.png" if kind == tarfile.GNUTYPE_LONGNAME else b"14 path=x.png\n", kind)
+    blocks = block("a.png", noise_tile(0)), *[more] * 3000, block("b.png", noise_tile(1))
+    listed = listed_or_refused(write_blocks(tmp_path / "a.tar", *blocks))
+    assert listed is None or names_of(listed) in (["a.png", "b.png"], ["a.png", "x.png"])
+
+
+def test_absolute_names_and_those_that_climb_are_labels_alone(tmp_path):
+    (tmp_path / "decoy.png").write_bytes(noise_tile(99))
+    names = [str(tmp_path / "decoy.png"), "../decoy.png", "../../decoy.png", "x/../../../decoy.png", "//decoy.png"]
+    names += [
+        "./decoy.png",
+        "C:\\decoy.png",
+        "\\\\host\\decoy.png",
+        "~/decoy.png",
+        "a.tar/../decoy.png",
+        "line\nbreak.png",
+    ]
+    files = {name: noise_tile(i) for i, name in enumerate(names)}
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        blocks = [block(name, content, form=form) for name, content in files.items()]
+        shard = write_blocks(tmp_path / "deep" / "shards" / "a.tar", *blocks)
+        before, tiles = tree(tmp_path), FolderTiles(shard, 16, 0)
+        assert len(tiles.files) == len(names)
+        expected = {np.array(Image.open(io.BytesIO(content))).sum() for content in files.values()}
+        assert {int(image.sum()) for image in samples(tiles, range(len(names)), 2)} == expected
+        assert not tiles.unreadable and tree(tmp_path) == before  # nothing is written, nothing else read
+
+
+def test_links_devices_and_pipes_in_a_shard_are_left_out_with_one_note(tmp_path, capsys):
+    kinds = {"SYM": "/etc/hostname", "LNK": "a.png", "CHR": "", "BLK": "", "FIFO": "", "DIR": ""}
+    odd = [block(f"{kind}.png", kind=getattr(tarfile, f"{kind}TYPE"), linkname=to) for kind, to in kinds.items()]
+    odd.append(block("decoy.png", kind=tarfile.SYMTYPE, linkname=str(tmp_path / "decoy.png")))
+    (tmp_path / "decoy.png").write_bytes(noise_tile(99))
+    shard = write_blocks(tmp_path / "a.tar", block("a.png", noise_tile(0)), *odd, block("b.png", noise_tile(1)))
+    plain, before = write_blocks(tmp_path / "b.tar", block("c.png", noise_tile(2))), tree(tmp_path)
+    assert names_of(data.list_tiles([str(shard), str(plain)])) == ["a.png", "b.png", "c.png"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and str(shard) in lines[0] and re.search(r"\b6\b", lines[0]), lines  # without the folder
+    samples(FolderTiles(shard, 16, 0), range(4))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", ["gnu", "oldgnu", "pax", "posix"])
+def test_sparse_members_are_left_out_or_read_as_they_were(tmp_path, form):
+    if not shutil.which("tar"):
+        pytest.skip("needs GNU tar")
+    bmp = encoded(Image.new("RGB", (400, 400)), "bmp")
+    (tmp_path / "tiles").mkdir()
+    with open(tmp_path / "tiles" / "holes.bmp", "wb") as file:  # black, but for its last row
+        file.write(bmp[:54])
+        file.seek(len(bmp) - 1200)
+        file.write(bytes(range(240)) * 5)
+    (tmp_path / "tiles" / "a.png").write_bytes(noise_tile(0))
+    (tmp_path / "tiles" / "z.bmp").write_bytes(encoded(Image.new("RGB", (400, 400), "red"), "bmp"))
+    command = ["tar", "--sparse", f"--format={form}", "-cf", "a.tar", "-C", "tiles", "a.png", "holes.bmp", "z.bmp"]
+    if subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode:
+        pytest.skip("this tar does not write it")
+    if (tmp_path / "a.tar").stat().st_size > 1.5 * len(bmp):
+        pytest.skip("this file system keeps no holes")
+    listed = {tile.rsplit("/", 1)[1]: data.open_tile(tmp_path / tile) for tile in data.list_tiles(tmp_path / "a.tar")}
+    assert listed["a.png"] is not None and listed["z.bmp"].getpixel((5, 5)) == (255, 0, 0)
+    holes = next((image for name, image in listed.items() if name.endswith("holes.bmp")), None)
+    assert holes is None or holes.tobytes() == Image.open(tmp_path / "tiles" / "holes.bmp").tobytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_shards_are_listed_or_refused(tmp_path):
+    rng, found = np.random.default_rng(0), collections.Counter()
+    whole = write_shard(
+        tmp_path / "whole.tar", {f"{i}.png": noise_tile(i) for i in range(3)}, format=tarfile.GNU_FORMAT
+    )
+    pax = {f"ü {'long' * 40} {i}.png": noise_tile(i) for i in range(3)}
+    whole = [whole.read_bytes(), write_shard(tmp_path / "pax.tar", pax, format=tarfile.PAX_FORMAT).read_bytes()]
+    before = tree(tmp_path)
+    shard = tmp_path / "x.tar"
+    for i in range(600):
+        how = DAMAGE[i % (len(DAMAGE) - 1)]
+        shard.write_bytes(damaged(whole[i % 2], how, rng))
+        for tile in (listed := listed_or_refused(shard)) or []:
+            with within(10, tile):
+                data.open_tile(tmp_path / tile)
+        found[listed is not None] += 1
+        shard.unlink()
+    assert tree(tmp_path) == before and min(found.values()) > 50, found
+
+
+CHANGES = {
+    "rewritten": lambda shard, other: shard.write_bytes(other),
+    "replaced": lambda shard, other: (shard.with_name("x").write_bytes(other), os.replace(shard.with_name("x"), shard)),
+    "appended to": lambda shard, other: shard.write_bytes(shard.read_bytes() + bytes(10_240)),
+    "truncated": lambda shard, other: os.truncate(shard, 700),
+    "emptied": lambda shard, other: os.truncate(shard, 0),
+    "deleted": lambda shard, other: shard.unlink(),
+    "made a folder": lambda shard, other: (shard.unlink(), shard.mkdir()),
+    "made a pipe": lambda shard, other: (shard.unlink(), os.mkfifo(shard)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_shard_that_changes_under_a_running_job_is_unreadable(tmp_path, capfd, change):
+    """Three of its tiles among 400 are named; three among 100 are too many. With workers and without; with an index."""
+    changing, run = tmp_path / "shards" / "a.tar", tmp_path / "run"
+    run.mkdir()
+    white = encoded(Image.new("RGB", (16, 16), "white"), "png")
+    for n, workers in ((400, 0), (400, 2), (100, 0)):
+        shutil.rmtree(tmp_path / "shards", ignore_errors=True)
+        (run / "unreadable.txt").unlink(missing_ok=True)
+        size = len(noise_tile(0))
+        write_shard(changing, {f"{i}.png": noise_tile(i) for i in range(3)}, False)
+        write_shard(tmp_path / "shards" / "b.tar", {f"{i}.png": noise_tile(i) for i in range(3, n)}, False)
+        other = write_shard(tmp_path / "other.tar", {f"{i}.png": white.ljust(size, b"\0") for i in range(3)}, False)
+        settle()
+        data.list_tiles(tmp_path / "shards", spare=run)  # so what follows comes from the index
+        tiles = FolderTiles(tmp_path / "shards", 16, 0, run)
+        loader = batches(tiles, range(2 * n), 8, workers)
+        images = [next(loader)["image"]]
+        CHANGES[change](changing, other.read_bytes())
+        ending = contextlib.nullcontext() if n == 400 else pytest.raises(InputError, match=rf"over 1 % .*{changing}/")
+        with within(60, change), ending:
+            images += [batch["image"] for batch in loader]
+        assert all(image.float().mean() < 250 for image in torch.cat(images))  # none of what is there now
+        err = capfd.readouterr().err
+        lines = [line for line in err.splitlines() if "skipped unreadable tile" in line]
+        assert len(tiles.unreadable) == len(set(tiles.unreadable)) == len(lines) == (3 if n == 400 else 2), err
+        assert all(path.startswith(f"{changing}/") for path in tiles.unreadable)
+
+
+# ---- workers that die ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("source", ["folder", "shard"])
+@pytest.mark.parametrize("pause", [0, 0.3])  # with a slow reader, batches of the dead worker are not yet fetched
+def test_a_worker_that_dies_ends_in_one_line_that_names_its_tile(tmp_path, monkeypatch, source, pause):
+    content = {path.name: path.read_bytes() for path in write_tiles(tmp_path / "folder", 40, (32, 32))}
+    write_shard(tmp_path / "shard" / "a.tar", content)
+    deadly = content["tile_023.png"]
+
+    def dies(file, *arguments, original=Image.open, **more):
+        if file.read() == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        file.seek(0)
+        return original(file, *arguments, **more)
+
+    monkeypatch.setattr(Image, "open", dies)
+    with within(60, "a dead worker"), pytest.raises(InputError) as error:
+        for _ in batches(FolderTiles(tmp_path / source, 32, 0), range(40), 4, 2):
+            time.sleep(pause)
+    line = str(error.value)
+    assert len(line.splitlines()) == 1 and "--workers" in line and "tile_023.png" in line, line
+    assert len(re.findall(r"tile_\d", line)) == 1  # the other worker's is not to blame
+
+
+LEFT = """
+import sys, data
+loader = data.batches(data.FolderTiles(sys.argv[1], 32, 0), range(10**6), 4, 2)
+next(loader)
+if sys.argv[2] == "failing":
+    raise RuntimeError("something else")
+"""
+
+
+@pytest.mark.parametrize("how", ["failing", "ending"])
+def test_a_script_that_ends_while_workers_wait_ends_at_once(tmp_path, how):
+    """Workers ignore the signals with which Python ends them."""
+    write_tiles(tmp_path, 8, (32, 32))
+    command = [sys.executable, "-c", LEFT, str(tmp_path), how]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == (1 if how == "failing" else 0) and ("something else" in ended.stderr) == (
+        how == "failing"
+    )
+
+
+def test_a_fault_in_a_worker_is_not_taken_for_a_dead_worker(tmp_path, monkeypatch):
+    def faulty(*_):
+        raise RuntimeError("a fault of ours, 1 of 2")
+
+    write_tiles(tmp_path, 8, (32, 32))
+    monkeypatch.setattr(data, "random_view", faulty)
+    with pytest.raises(RuntimeError, match="a fault of ours") as fault:
+        samples(FolderTiles(tmp_path, 32, 0), range(8), workers=2)
+    del fault  # its traceback holds the loader, which would otherwise end at any time, in any thread
+    gc.collect()
+
+
+@pytest.mark.parametrize("half", ["", '"/half a li'])
+def test_unreadable_tiles_of_an_earlier_start_are_not_named_again(tmp_path, capsys, half):
+    """half: what a full disk has left of the last line."""
+    paths = [str(path) for path in write_tiles(tmp_path / "tiles", 300, (16, 16))[:3]]
+    for path in paths:
+        Path(path).write_bytes(b"broken")
+    record = tmp_path / "run" / "unreadable.txt"
+    record.parent.mkdir()
+    record.write_text(json.dumps(paths[0]) + "\n" + json.dumps(paths[1]) + "\n" + half)
+    for start in range(2):
+        tiles = FolderTiles(tmp_path / "tiles", 16, 0, tmp_path / "run")
+        samples(tiles, range(300), workers=2)
+        named = capsys.readouterr().err
+        assert [path in named for path in paths] == [False, False, start == 0]
+        assert set(paths) <= set(tiles.unreadable) and len(tiles.unreadable) <= 4
+    found = [line for line in record.read_text().splitlines() if line in list(map(json.dumps, paths))]
+    assert sorted(map(json.loads, found)) == paths  # each on a line of its own, once
 
 
 # ---- labelled folders ----------------------------------------------------------------------------------------------

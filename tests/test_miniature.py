@@ -20,7 +20,14 @@ def out(tmp_path, weights_dir):
     for i, name in enumerate(miniature.STUDENTS):
         torch.manual_seed(i)
         student, folder = Student("toy", {}, miniature.DIMS), miniature.folder(tmp_path, name, 0)
-        config = {"arch": STUDENTS["toy"], "nested_dims": miniature.DIMS, "step": 1, "steps": 1}
+        config = {
+            "arch": STUDENTS["toy"],
+            "nested_dims": miniature.DIMS,
+            "step": 1,
+            "steps": 1,
+            "student": "toy",
+            "teachers": [],
+        }
         data.save_atomically({"state_dict": student.backbone.state_dict(), "config": config}, folder / "student.pt")
     for name in miniature.TASKS.values():
         load_teacher(name, weights_dir, steps=STEPS)
