@@ -1074,7 +1074,9 @@ def test_a_fault_in_a_worker_is_not_taken_for_a_dead_worker(tmp_path, monkeypatc
     monkeypatch.setattr(data, "random_view", faulty)
     with pytest.raises(RuntimeError, match="a fault of ours") as fault:
         samples(FolderTiles(tmp_path, 32, 0), range(8), workers=2)
-    del fault  # its traceback holds the loader, which would otherwise end at any time, in any thread
+    for child in torch.multiprocessing.active_children():
+        child.kill()  # for torch waits 10 s for each worker when garbage collection comes upon an iterator that failed
+    del fault
     gc.collect()
 
 
