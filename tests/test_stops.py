@@ -128,11 +128,12 @@ class Child:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, weights_dir):
+def base(tmp_path_factory):
     """Six tiles, and undisturbed/: six steps over them with saves after 2, 4 and 6; half/: the same, stopped after 3."""
     folder = tmp_path_factory.mktemp("base")
     write_tiles(folder / "tiles", 6)
-    folder.flags = flags = [*ONE, "--data", folder / "tiles", "--weights-dir", weights_dir, "--steps", 6]
+    folder.flags = flags = [*ONE, "--data", folder / "tiles", "--weights-dir", folder / "weights", "--steps", 6]
+    # the teachers are its own, made by one thread, as all that is compared with it
     assert Child(*flags, "--out", folder / "undisturbed").succeeds()
     assert Child(*flags, "--out", folder / "half", "--stop-at", 3).succeeds()
     return folder
