@@ -176,7 +176,7 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
         text = teacher and f"{millions(teacher):.3f} M parameters, width {teacher.dim}, grid {teacher.grid}"
         say(f"teacher {name}: {text or f'its outputs in {args.cache}'}; licence {licences[name]}")
     source = f"{len(tiles.files)} tiles of {tiles.root}" if args.data else f"synthetic tissue drawn at {size} px"
-    say(f"{args.steps} steps of {args.batch_size} tiles over {world} process(es); {source}; run folder {out}")
+    say(f"{args.steps} steps of {args.batch_size} tiles over {world} process(es); {source}; folder {out}, step {start}")
     for block in (block for t in teachers for block in teachers[t].vit.blocks if args.compile):
         block.compile(dynamic=False)  # those of a teacher are alike, so one is compiled
 
