@@ -32,7 +32,7 @@ from student import InputError, save_atomically
 LARGEST = 2**28  # bytes of a tile's file, and of its pixels: Pillow's own limit for them
 IMAGE = re.compile(r"(?is)(.*/)?[^./][^/]*\.(bmp|jpe?g|png|tiff?|webp)")  # not hidden, as macOS's "._x.png" are
 reading = [torch.multiprocessing.RawArray("c", 4096)]  # "PID TILE", of the tile being read; loader workers share it
-atexit.register(lambda: [x.kill() for x in torch.multiprocessing.active_children() if x.daemon])  # SIGTERM is ignored
+atexit.register(lambda: [x.kill() for x in torch.multiprocessing.active_children() if x.daemon])  # SIGTERM is not heard
 
 # Every tile has two independent labels, of its cells and its tissue: one for each offline teacher to know, one to lack.
 TISSUE_VERSION = 1  # raise it when a tile changes: the offline teachers are then trained anew

@@ -258,8 +258,8 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
     before = {number: signal(number, lambda number, _: came.fill(number)) for number in (SIGTERM, SIGINT)}
     try:
         while done < stop:
-            step, done = done, done + 1
-            lr = learning_rate(step, args.steps, args.lr)
+            lr = learning_rate(done, args.steps, args.lr)
+            done += 1
             optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
             optimizer.zero_grad()
             sums = 0.0  # (teachers + 1,): of each one's targets, and the loss

@@ -148,9 +148,7 @@ def kills(args: argparse.Namespace, work: Path) -> bool:
                 run.wait()
                 done += 1
                 left = ", ".join(path.name for path in killed.glob("*.tmp"))
-                print(
-                    f"kill {done}: {wait:.2f} s after a start from step {before}; at step {at_step(killed)}; left: {left}"
-                )
+                print(f"kill {done}: {wait:.2f} s after a start from step {before}; now {at_step(killed)}; left {left}")
                 if done >= args.kills and wait > length:
                     print("does not end")
                     return False

@@ -129,7 +129,7 @@ class Child:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Six tiles, and undisturbed/: six steps over them with saves after 2, 4 and 6; half/: the same, stopped after 3."""
+    """Six tiles, and undisturbed/: six steps over them, saves after 2, 4 and 6; half/: the same, stopped after 3."""
     folder = tmp_path_factory.mktemp("base")
     write_tiles(folder / "tiles", 6)
     folder.flags = flags = [*ONE, "--data", folder / "tiles", "--weights-dir", folder / "weights", "--steps", 6]
@@ -407,7 +407,7 @@ def moments(base):
 
 
 def test_a_save_reaches_the_disk_before_it_gets_its_name(moments):
-    """What a power cut can leave is told by the order of calls: the content, its fsync, the name, the folder's fsync."""
+    """What a power cut can leave is told by the order of calls: content, its fsync, the name, the folder's fsync."""
     events = [event for event, _ in moments]
     for name in ("last.pt", "student.pt"):
         places = [i for i, event in enumerate(events) if event == f"before replace {name}"]

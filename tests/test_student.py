@@ -125,7 +125,7 @@ def test_the_full_dim_belongs_to_nested_dims_and_wider_ones_do_not_fit():
         Student("toy", {}, [96])
 
 
-# ---- files that others made: refused in one line that names them, and no code of theirs runs --------------------------
+# ---- files that others made: refused in one line that names them, and no code of theirs runs -----------------------
 @pytest.fixture
 def toy(tmp_path):
     """A whole student.pt as train.py writes it -> (its path, a fresh copy of its content)."""

@@ -977,7 +977,7 @@ def test_cuda_amp(tmp_path, run, precision):
     assert checkpoint(tmp_path / "run")["step"] == 10
 
 
-# ---- last.pt: whole, of this run, or refused by name ------------------------------------------------------------------
+# ---- last.pt: whole, of this run, or refused by name -----------------------------------------------------------------
 FEW = ["--teachers", "toy_cells", "--teacher-steps", 2, "--device", "cpu", "--dims", 4, "--stats-tiles", 2]
 FEW += ["--batch-size", 2, "--log-every", 1]
 
@@ -1118,7 +1118,7 @@ def test_a_checkpoint_that_is_cut_or_flipped_is_refused(tmp_path, halfway, place
             shutil.copytree(halfway / "run", run)
 
 
-# ---- numbers: what goes wrong is named with its step and its teacher ---------------------------------------------------
+# ---- numbers: what goes wrong is named with its step and its teacher ------------------------------------------------
 NUMBERS = ["--teacher-steps", 2, "--device", "cpu", "--dims", 4, "--stats-tiles", 8, "--batch-size", 4]
 NUMBERS += ["--log-every", 5]
 
@@ -1295,7 +1295,7 @@ def test_a_healthy_run_raises_no_alarm(tmp_path, run, tiles, monkeypatch, case):
     assert batch == 1 or all(spread > 1e-5 for spread in spreads), spreads  # ten times what counts as dead
 
 
-# ---- flags ------------------------------------------------------------------------------------------------------------
+# ---- flags ----------------------------------------------------------------------------------------------------------
 WRONG = [  # a command line of train.py, and what its message has to name
     *(
         (f"{flag}", flag)
@@ -1449,14 +1449,7 @@ def test_bad_flags_of_evaluate(workplace, monkeypatch, capsys, line, expected):
     (workplace / "run").mkdir()
     content = {"state_dict": Student("toy", {}, []).backbone.state_dict(), "config": config}
     torch.save(content, workplace / "run" / "student.pt")
-    refused(
-        monkeypatch,
-        capsys,
-        evaluate.main,
-        "evaluate.py",
-        line.split(),
-        expected,
-    )
+    refused(monkeypatch, capsys, evaluate.main, "evaluate.py", line.split(), expected)
 
 
 WRONG_TEACHERS = [
