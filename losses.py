@@ -1,12 +1,16 @@
-"""The targets and the loss: standardised teacher tokens, two token losses, and their sum over teachers and nested dims.
+"""The targets and the loss: standardised teacher tokens, three token losses, their sum over teachers and nested dims.
 
-    y_t     = standardise(teacher t's tokens)                 statistics measured once, before training, then frozen
-    L_{t,m} =       cos(h_{t,m}(z_summary[:m]), y_summary)    cos(a, b) = 1 - cosine similarity
+    y_t     = standardise(tokens of teacher t)                Standardizer: measured once, before training, then frozen
+    h_{t,m} = adaptor head of teacher t at dim m              student.adapt, for the summary and for the patches
+    L_{t,m} =       cos(h_{t,m}(z_summary[:m]), y_summary)    distillation_loss; cos(a, b) = 1 - cosine similarity
             + 0.9 * cos(h_{t,m}(z_patch[:m]),   y_patch)
             + 0.1 * smooth_l1(h_{t,m}(z_patch[:m]), y_patch)
-    L       = sum over teachers t and nested dims m of w_m * L_{t,m},   w_m = 1
-Losses are float32 under any autocast. Sources: RADIO (arXiv 2312.06709) for the token losses, PHI-S (2410.01680), and
-Matryoshka (2205.13147) for the sum. The weights are our choice, not checked against the paper's method section."""
+    L       = sum over teachers t and nested dims m of w_m * L_{t,m},   w_m = 1    nested_loss
+Its place: tokens z of student.py and of the frozen teachers.py come in, train.py goes back through L; float32 under any
+autocast. Sources: RADIO (arXiv 2312.06709) for the token losses, PHI-S (2410.01680), Matryoshka (2205.13147) for the
+sum. The weights are our choice, not checked against the paper's method section."""
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +34,7 @@ def hadamard(n: int) -> Tensor:
 
 
 class Standardizer(nn.Module):
-    """One teacher's tokens of one kind, (..., D) -> (..., D) with mean 0 and comparable scale; frozen buffers.
+    """One teacher's tokens of one kind, (..., D) -> y_t (..., D) with mean 0 and comparable scale; frozen buffers.
         y' = R (y - mean) / scale          y = R^T (scale * y') + mean
     "phi-s":   R = H U^T, scale = sqrt(mean(l)) (one number), H a normalised Hadamard matrix, C = U diag(l) U^T.
                Every channel then has variance exactly 1, without blowing up a near-dead channel or direction.
@@ -43,7 +47,7 @@ class Standardizer(nn.Module):
         self.mean, self.rotation, self.scale = map(nn.Buffer, (torch.zeros(dim), torch.eye(dim), torch.ones(dim)))
 
     def set(self, mean: Tensor, covariance: Tensor, name: str = "teacher") -> "Standardizer":
-        """Derive the buffers from mean (D,) and covariance (D, D), both float64. InputError on a constant teacher."""
+        """Derive the buffers from mean (D,) and covariance (D, D), both float64. InputError: a constant teacher."""
         variances = covariance.diagonal()
         if not torch.isfinite(covariance).all() or variances.mean() <= 0:
             raise InputError(f"{name}: its outputs are constant or not finite: check its weights")
@@ -62,18 +66,21 @@ class Standardizer(nn.Module):
             return (y.float() - self.mean) @ self.rotation.T / self.scale
 
     def inverse(self, y: Tensor) -> Tensor:
+        """Standardised tokens (..., D) -> the teacher's own."""
         with torch.autocast(y.device.type, enabled=False):
             return (y.float() * self.scale) @ self.rotation + self.mean
 
 
-class Standardizers(nn.ModuleDict):  # {teacher: {"summary": Standardizer, "patches": Standardizer}}
+class Standardizers(nn.ModuleDict):
+    """{teacher: {"summary": Standardizer, "patches": Standardizer}}, which turns {teacher: tokens} into {teacher: y_t}."""
+
     def __init__(self, teacher_dims: dict[str, int], mode: str = "phi-s"):
         kinds = ("summary", "patches")
         super().__init__({t: nn.ModuleDict({k: Standardizer(D, mode) for k in kinds}) for t, D in teacher_dims.items()})
 
     @torch.no_grad()
-    def measure(self, batches) -> None:
-        """Set every standardiser from an iterable of raw outputs {teacher: tokens}; moments are summed in float64."""
+    def measure(self, batches: Iterable[dict[str, Tokens]]) -> None:
+        """Set every standardiser from batches of raw outputs {teacher: tokens}; moments are summed in float64."""
         moments = {(t, kind): (0, 0.0, 0.0) for t in self for kind in self[t]}
         for outputs in batches:
             for (t, kind), (count, first, second) in moments.items():
@@ -89,28 +96,44 @@ class Standardizers(nn.ModuleDict):  # {teacher: {"summary": Standardizer, "patc
 
 
 def distillation_loss(adapted: dict[str, Tokens], targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
-    """The sum over teachers of L_{t,m}, for one dim m, of {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}.
-    -> (loss, parts): for the log, each teacher's cosines, smooth-L1 term, deviation over the batch / targets'."""
+    """The sum over teachers t of L_{t,m}, at one dim m. adapted: h_{t,m}(z[:m]); targets: y_t, float32; both are
+    {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}. -> (loss, parts: {teacher: {name: value}} for the log)."""
     loss, parts = 0.0, {}
     for t, y in targets.items():
-        summary_cos = F.cosine_similarity(adapted[t]["summary"].float(), y["summary"].float(), dim=-1).mean()
-        patch_cos = F.cosine_similarity(adapted[t]["patches"].float(), y["patches"].float(), dim=-1).mean()
-        patch_l1 = F.smooth_l1_loss(adapted[t]["patches"].float(), y["patches"].float())
-        loss = loss + (1 - summary_cos) + 0.9 * (1 - patch_cos) + 0.1 * patch_l1
-        spread = [z.float().std(0, False).mean() for x in (adapted[t], y) for z in (x["summary"], x["patches"][:, 0])]
-        spread = torch.fmin(spread[0] / spread[2], spread[1] / spread[3])  # 0: a dead head
-        part = {"summary_cos": summary_cos, "patch_cos": patch_cos, "patch_l1": patch_l1, "spread": spread}
+        h = adapted[t]
+        summary_cos = F.cosine_similarity(h["summary"].float(), y["summary"], dim=-1).mean()
+        patch_cos = F.cosine_similarity(h["patches"].float(), y["patches"], dim=-1).mean()
+        patch_l1 = F.smooth_l1_loss(h["patches"].float(), y["patches"])
+        loss = loss + (1 - summary_cos) + 0.9 * (1 - patch_cos) + 0.1 * patch_l1  # L_{t,m}
+        part = {"summary_cos": summary_cos, "patch_cos": patch_cos, "patch_l1": patch_l1, "spread": spread(h, y)}
         parts[t] = {name: value.detach() for name, value in part.items()}
     return loss, parts
 
 
+def spread(h: Tokens, y: Tokens) -> Tensor:
+    """No part of the loss, only watched: how far predictions h differ from tile to tile, as a share of how far targets
+    y do; the smaller of the shares of summary and first patch. 0: a dead head, which says the same of every tile."""
+
+    def deviation(x: Tensor) -> Tensor:  # (B, D_t) -> standard deviation over the batch, mean of all channels
+        return x.float().std(0, unbiased=False).mean()
+
+    of_summary = deviation(h["summary"]) / deviation(y["summary"])
+    of_patch = deviation(h["patches"][:, 0]) / deviation(y["patches"][:, 0])
+    return torch.fmin(of_summary, of_patch)
+
+
 def nested_loss(student: nn.Module, tokens: Tokens, targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
     """L = sum over nested dims m and teachers t of L_{t,m}: every prefix of the embedding has to do the whole job.
-    tokens: the student's {"summary": (B, D), "patches": (B, N, D)}. -> (loss, {m: parts of distillation_loss at m})."""
-    losses, parts = zip(*[distillation_loss(student.adapt(tokens, m), targets) for m in student.nested_dims])
-    return sum(losses), dict(zip(student.nested_dims, parts))  # w_m = 1
+    tokens: the student's z, {"summary": (B, D), "patches": (B, N, D)}. -> (L, {m: parts of distillation_loss at m})."""
+    loss, parts = 0.0, {}
+    for m in student.nested_dims:
+        loss_m, parts[m] = distillation_loss(student.adapt(tokens, m), targets)
+        loss = loss + loss_m  # w_m = 1
+    return loss, parts
 
 
-class Distiller(nn.Sequential):  # of a student: with the loss in its forward, as DDP wraps and --compile compiles it
+class Distiller(nn.Sequential):
+    """A student with the loss in its forward, (images, targets y_t) -> (L, parts): what DDP and --compile take."""
+
     def forward(self, images: Tensor, targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
         return nested_loss(self[0], self[0](images), targets)

@@ -291,7 +291,7 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
             if world > 1:
                 dist.all_reduce(sums)
                 dist.all_reduce(first_bad, dist.ReduceOp.MIN)  # on every process, so that all leave together
-            spreads = {f"{t} at dim {m}": parts[m][t]["spread"] for m in args.dims for t in args.teachers}
+            spreads = {f"{t} at dim {m}": parts[m][t]["spread"] for m in parts for t in args.teachers}
             was_dead, dead, why = dead, [head for head, spread in spreads.items() if spread < 1e-6], ""
             if (bad := min(steps := first_bad.tolist())) < math.inf:
                 why = f"{numbers[steps.index(bad)]} not finite"
@@ -303,7 +303,7 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
                 why = f"step {min(bad, done):.0f}: {why}; {out}/last.pt is from before"
                 raise InputError(f"{why}: begin another run, with a lower --lr or --precision fp32")
             if logs and not rank:
-                now, text, terms, ends = time.monotonic(), "", {}, (args.dims[-1], args.dims[0])
+                now, text, terms, ends = time.monotonic(), "", {}, (max(parts), min(parts))
                 for t in args.teachers:  # terms at the largest/smallest dim, of this process's last batch
                     terms |= {f"{t}/{key}": {m: parts[m][t][key].item() for m in ends} for key in parts[ends[0]][t]}
                     cosines = (parts[m][t][key] for key in ("summary_cos", "patch_cos") for m in ends)
