@@ -98,11 +98,10 @@ class Teacher(nn.Module):
 
     def __init__(self, name: str, vit: VisionTransformer):
         super().__init__()
-        self.name, self.vit, self.spec = name, vit.requires_grad_(False), TEACHERS[name]
+        self.name, self.vit, self.spec = name, vit.requires_grad_(False).eval(), TEACHERS[name]
         self.dim, self.grid, self.licence = vit.width, vit.grid, self.spec.licence
         self.embed_dim, self.card_size = (1 + self.spec.patch_mean) * vit.width, self.spec.resize or vit.img_size
         self.mean, self.std = (nn.Buffer(torch.tensor(x).view(3, 1, 1), persistent=False) for x in self.spec.norm)
-        self.eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: int | None = None) -> dict[str, Tensor]:
@@ -239,7 +238,6 @@ def path(text: str, folder: bool = False) -> str:
     return text
 
 
-# One-line errors, whole flags only, the module docstring as the manual
 OneLineParser = partial(ArgumentParser, formatter_class=RawTextHelpFormatter, usage=SUPPRESS, allow_abbrev=False)
 natural, positive, plural = (partial(whole, smallest, 2**31 - 1) for smallest in range(3))
 few, batch, folder = partial(whole, 0, 1024), partial(whole, 1, 2**16), partial(path, folder=True)
