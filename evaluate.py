@@ -288,7 +288,7 @@ def main() -> None:
         student, config = load_student(run, device)
         if (dim := max([args.dim or 0, *(args.dims or [])])) > (width := student.backbone.width):
             raise InputError(f"--dims, --dim: {dim} is above the width of {run}; give at most {width}")
-        models[run] = (student, args.dims or student.nested_dims)
+        models[repr(run)[1:-1]] = (student, args.dims or student.nested_dims)
     if args.embed or args.out or args.dim:
         if len(args.runs) > 1 or not args.out or not (args.embed or args.dim):
             raise InputError("--out: give one RUN and --embed DIR --out X.npz, or --dim M --out X.pt")
