@@ -44,8 +44,8 @@ TISSUES = ("gland", "sheet", "fibres", "fat", "cribriform", "whorl")  # independ
 HOLES = {"gland": (9, 14, 1), "fat": (8, 13, 5), "cribriform": (3.5, 5.5, 9)}  # smallest and largest radius, number
 
 
-def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    coarse = rng.random((cells + 1, cells + 1), dtype=np.float32)  # in [0, 1]; bilinearly enlarged to (size, size)
+def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:  # (size, size), in [0, 1]
+    coarse = rng.random((cells + 1, cells + 1), dtype=np.float32)  # enlarged bilinearly
     t = np.arange(size, dtype=np.float32) * (cells / size)
     i, f = t.astype(int), t % 1
     rows = coarse[i] * (1 - f)[:, None] + coarse[i + 1] * f[:, None]
@@ -162,7 +162,7 @@ def batches(tiles: Dataset, ks: Sequence[int], batch_size: int, workers=0, pin=F
         del read, loader  # the workers end now, and not when the traceback of an error is forgotten
 
 
-def note_unreadable(tiles: Dataset, path: str, record: Path) -> None:
+def note_unreadable(tiles: Dataset, path: str, record: Path) -> None:  # names it once; InputError: over 1 %
     tiles.unreadable.append(path)
     text, line = record.read_text() if record.exists() else "", json.dumps(path)
     known = {*re.findall(r'(?m)^".*"$', text), *map(json.dumps, tiles.unreadable)}  # by all processes, and before
@@ -182,11 +182,11 @@ def top_and_roots(given: str | Path | list[str]) -> tuple[str, list[str]]:
     return os.path.commonpath([root if os.path.isdir(root) else os.path.dirname(root) for root in roots]), roots
 
 
-def stamp(path: str) -> list:
+def stamp(path: str) -> list:  # bytes and time of a file or folder, from which a change is told
     return [os.path.getsize(path), os.path.getmtime(path)]
 
 
-def list_tiles(given: str | Path | list[str], flag="--data", spare: Path | None = None, stamps=None) -> list[str]:
+def list_tiles(given: str | Path | list, flag="--data", spare: Path | None = None, stamps: dict | None = None) -> list:
     """Sorted relative paths of all images below a folder or, if none, in shards, as SHARD.tar/OFFSET+SIZE/NAME. With
     `spare`, that of shards or of 10,000 tiles is kept, as FOLDER.index or there. Fills {folder or shard: `stamp`}."""
     (top, roots), stamps, began = top_and_roots(given), {} if stamps is None else stamps, time.time()

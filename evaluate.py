@@ -91,12 +91,11 @@ def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) 
 
 def adaptive_retrieval(train_x, train_y, test_x, test_y, dim: int, shortlist: int = 200) -> dict[str, float]:
     """The 200 nearest at `dim` channels, re-ranked at all, as in MRL (2205.13147); work: its share of a full search."""
-    (n, D), shortlist = train_x.shape, min(shortlist, len(train_x))
     candidates = nearest(**truncate({"bank": train_x, "queries": test_x}, dim), k=shortlist)[1]  # (q, shortlist)
     bank, queries, best = F.normalize(train_x.float(), dim=-1), F.normalize(test_x.float(), dim=-1), []
     for rows, part in zip(candidates.split(64), queries.split(64)):
         best.append(rows.gather(1, torch.einsum("qsd,qd->qs", bank[rows], part).argmax(-1, keepdim=True))[:, 0])
-    work = 1.0 if dim == D else (n * dim + shortlist * D) / (n * D)
+    work = 1.0 if dim == train_x.shape[1] else dim / train_x.shape[1] + candidates.shape[1] / len(train_x)
     return {"Acc@1": accuracies(train_y[torch.cat(best)], test_y)["accuracy"], "work": work}
 
 
@@ -267,7 +266,7 @@ def draw_patches(models: dict, tiles: Dataset, file: Path) -> None:  # a row a t
     save_atomically(sheet, file, lambda sheet, out: sheet.save(out, "png"))
 
 
-def main() -> None:
+def main() -> None:  # the command line
     add = (parser := cli.OneLineParser("evaluate.py", description=__doc__)).add_argument
     add("runs", nargs="+", metavar="RUN", help="a run folder or a student.pt; several stand side by side")
     add("--data", type=cli.path, help=f"a folder of {data.LABELLED} (default: synthetic tissue)")

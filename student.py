@@ -72,7 +72,7 @@ class VisionTransformer(nn.Module):
     pos_on_prefix: pos_embed has rows for CLS and registers too (UNI, Virchow2), or for patches alone (DINOv2 reg4)."""
 
     def __init__(self, img_size: int, patch_size: int, width: int, depth: int, heads: int, mlp_width: int,
-                 swiglu=False, layer_scale=True, registers=0, pos_on_prefix=True):  # fmt: skip
+        swiglu: bool = False, layer_scale: bool = True, registers: int = 0, pos_on_prefix: bool = True):  # fmt: skip
         super().__init__()
         self.img_size, self.width, self.registers, self.pos_on_prefix = img_size, width, registers, pos_on_prefix
         self.grid = img_size // patch_size  # patches a side
@@ -100,13 +100,13 @@ class VisionTransformer(nn.Module):
         return {"summary": tokens[:, 0], "patches": tokens[:, 1 + self.registers :]}
 
 
-def init_weights(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:  # for module.apply: linear layers and patch embedding
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
-def millions(model: nn.Module) -> float:
+def millions(model: nn.Module) -> float:  # of parameters
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 

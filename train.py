@@ -35,7 +35,7 @@ BETAS, CLIP, WARMUP = (0.9, 0.95), 1.0, 0.04  # warmup: share of the steps
 WHOLE = {"args", "step", "student", "standardizers", "optimizer", "scaler", "tiles"}  # what a checkpoint holds
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # checked, with the defaults of its student
     add, offline = (parser := cli.OneLineParser("train.py", description=__doc__)).add_argument, ",".join(cli.OFFLINE)
     of = {key: "default: " + ", ".join(f"{name} {d[key]}" for name, d in DEFAULTS.items()) for key in DEFAULTS["toy"]}
     add("--teachers", type=cli.name_list, help=f"comma-separated, of {', '.join(cli.TEACHERS)} (default: {offline})")
@@ -94,7 +94,7 @@ class CachedTiles:
     """Tiles on which the teachers run once: sample k -> one of `tiles`, and "outputs": {teacher: tokens}. outputs (n,),
     in memory or mapped, has fields "done" and {teacher: fp16 (1 + N, D_t), summary first}; row r is of tiles[r]."""
 
-    def __init__(self, tiles, rows, outputs: np.ndarray, seed: int):
+    def __init__(self, tiles: data.Dataset | list, rows: np.ndarray | range, outputs: np.ndarray, seed: int):
         self.tiles, self.rows, self.outputs, self.seed = tiles, rows, outputs, seed  # rows (n,): of each tile
 
     def fill(self, teach, todo: list[int], workers: int) -> None:  # teach: batch -> {teacher: tokens}
@@ -174,7 +174,7 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
     for block in (block for t in teachers for block in teachers[t].vit.blocks if args.compile):
         block.compile(dynamic=False)  # those of a teacher are alike, so one is compiled
 
-    def to_device(batch: dict) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
+    def to_device(batch: dict) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:  # images, outputs of the teachers
         images = batch["image"].to(device, non_blocking=True).contiguous()
         outputs = batch.get("outputs") or {name: teacher(images, grid) for name, teacher in teachers.items()}
         return images, {t: {kind: y.to(device, non_blocking=True) for kind, y in outputs[t].items()} for t in outputs}
