@@ -1,6 +1,6 @@
-"""Tiles: synthetic tissue, folders and tar shards of images, and the order in which a run sees them.
+"""Tiles, where all begins: synthetic tissue, folders and tar shards of images, and the order in which a run sees them.
 
-    tile k of a run = view(seed, k, source[order(seed, k)])    one crop, flip and turn, shared by student and teachers
+    tile k of a run = view(seed, k, source[order(seed, k)])    one crop, flip and turn, for student.py and teachers.py
 So a resume needs k alone, workers change nothing, rank r of W takes k = r, r + W, ...; images: uint8 (3, H, W)."""
 
 import atexit

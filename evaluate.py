@@ -1,4 +1,4 @@
-"""Evaluation of frozen embeddings at every nested dim: students and teachers side by side.
+"""Evaluation of what train.py saved: frozen embeddings at every nested dim, students and teachers side by side.
 
     python evaluate.py runs/demo                        synthetic tissue, every task, beside the offline teachers
     python evaluate.py runs/a runs/b --data labelled/   several runs on tiles of your own
@@ -32,8 +32,8 @@ LABELS = {"class": "summary", "cells": "summary", "tissue": "summary", "mask": "
 @torch.no_grad()
 def embed(model: nn.Module, images: Tensor, batch_size: int = 64, kind: str = "summary") -> Tensor:
     """Float32, on the CPU, of images (n, 3, H, W): summary, a teacher's card embedding (n, D), or patches (n, N, D)."""
-    card, parts = isinstance(model, cli.Teacher) and kind == "summary", images.to(next(model.parameters()).device)
-    return torch.cat([(model.embed(x) if card else model(x)[kind]).float().cpu() for x in parts.split(batch_size)])
+    of = model.embed if isinstance(model, cli.Teacher) and kind == "summary" else lambda x: model(x)[kind]
+    return torch.cat([of(x.to(next(model.parameters()).device)).float().cpu() for x in images.split(batch_size)])
 
 
 class CentreTiles(Dataset):

@@ -1,4 +1,4 @@
-"""The student: one hand-written ViT, adaptor heads, and the cut to the first m channels.
+"""The student: one hand-written ViT, the heads that losses.py compares, and the cut to the first m channels.
 
     tokens  = LayerNorm(ViT(image))              one summary (CLS) and N patch tokens, width D
     z[:m]   = the first m channels of a token    `truncate`, for every m in nested_dims (the last one is D)

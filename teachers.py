@@ -1,4 +1,4 @@
-"""The teachers: frozen encoders behind one forward, published ones and the two offline ones of the demo.
+"""The teachers, frozen: tiles of data.py in, targets for losses.py out; published ones, and two offline for the demo.
 
     python teachers.py                every teacher: size, tile, normalisation, gate, where its weights are, licence
     python teachers.py uni tile.png   load one and embed a tile: are access, file and memory in order before a long run?

@@ -1,4 +1,4 @@
-"""Train one small student on several frozen teachers, at every nested dim at once.
+"""Train one small student on several frozen teachers, at every nested dim at once: from tiles to checkpoint.
 
     python train.py                                       the offline demo: synthetic tissue, CPU, minutes
     python train.py --teachers uni,virchow --data tiles/  published teachers; says how to get missing weights
