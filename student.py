@@ -34,7 +34,7 @@ model = timm.create_model("vit_base_patch14_reg4_dinov2", num_classes=0, checkpo
 z = model(images)  # (B, {width}); z[:, :m] is cut to m channels, trained for m of {nested_dims}
 ```
 - Images: RGB in [0, 1], {img_size} px a side, less ImageNet mean (0.485, 0.456, 0.406), over std (0.229, 0.224, 0.225)
-- Data: {source!r}; batch size {batch_size}, lr {lr}, {standardize}, {dtype}, seed {seed}, {world} process(es)
+- Data: {source!r}; batch {batch_size}, lr {lr}, standardize {standardize}, {dtype}, seed {seed}, {world} process(es)
 - Teachers: {teachers}. Their licences may bind the student. All licences of what it comes from: {licences}
 - Each save of train.py writes this card anew, without evaluations, because the student has changed
 """  # model_card.md: filled from a run's arguments, from the config in its student.pt, and by train.py

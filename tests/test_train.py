@@ -241,7 +241,7 @@ def test_the_model_card_says_what_binds_and_its_snippet_runs_in_timm(tmp_path, w
     assert card.startswith("# Student toy, step 2 of 4, 0.154 M parameters, width 48\n")
     assert "for m of [4, 16, 48]" in card and f"'toy_cells': '{licence}', 'toy_tissue': '{licence}'" in card
     assert repr(f"3 tiles of {folder}") in card and repr(init.name) in card and "ask where the file comes from" in card
-    assert "batch size 8, lr 0.005, phi-s, torch.float32, seed 0, 1 process(es)" in card
+    assert "batch 8, lr 0.005, standardize phi-s, torch.float32, seed 0, 1 process(es)" in card
     assert card.count("\n#") == 0 and card.count("```") == 2 + 1  # the names open no section and no fence
     (tmp_path / "run" / "model_card.md").write_text(card + "\n## Evaluation on tiles\n")
     launch("--resume", tmp_path / "run", "--weights-dir", weights_dir)
