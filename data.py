@@ -1,6 +1,6 @@
-"""Tiles: synthetic tissue, folders and tar shards of images, and the order in which a run sees them.
+"""Tiles, where all begins: synthetic tissue, folders and tar shards of images, and the order in which a run sees them.
 
-    tile k of a run = view(seed, k, source[order(seed, k)])    one crop, flip and turn, shared by student and teachers
+    tile k of a run = view(seed, k, source[order(seed, k)])    one crop, flip and turn, for student.py and teachers.py
 So a resume needs k alone, workers change nothing, rank r of W takes k = r, r + W, ...; images: uint8 (3, H, W)."""
 
 import atexit
@@ -34,19 +34,18 @@ IMAGE = re.compile(r"(?is)(.*/)?[^./][^/]*\.(bmp|jpe?g|png|tiff?|webp)")  # not 
 reading = [torch.multiprocessing.RawArray("c", 4096)]  # "PID TILE", of the tile being read; loader workers share it
 atexit.register(lambda: [x.kill() for x in torch.multiprocessing.active_children() if x.daemon])  # SIGTERM is not heard
 
-# Every tile has two independent labels, of its cells and its tissue: one for each offline teacher to know, one to lack.
 TISSUE_VERSION = 1  # raise it when a tile changes: the offline teachers are then trained anew
 STREAMS = ("teacher", "distil", "bank", "test")  # keyed (stream, seed, k), so that nothing leaks from one into another
 CELLS = {  # nuclei: radius (px of a 64 px tile), its spread, elongation, density, pale centre, nucleolus, mean number
     "lymphocyte": (2.1, 0.08, 1.1, 1.6, 0.0, 0.0, 30), "epithelial": (3.8, 0.10, 1.3, 0.9, 0.0, 0.0, 16),
     "pleomorphic": (4.2, 0.35, 1.6, 1.5, 0.0, 0.0, 14), "spindle": (2.7, 0.10, 4.0, 1.0, 0.0, 0.0, 16),
     "vesicular": (4.4, 0.10, 1.2, 1.0, 0.85, 0.0, 14), "nucleolar": (4.4, 0.10, 1.2, 0.5, 0.0, 2.2, 14)}  # fmt: skip
-TISSUES = ("gland", "sheet", "fibres", "fat", "cribriform", "whorl")
+TISSUES = ("gland", "sheet", "fibres", "fat", "cribriform", "whorl")  # independent of the cells; a teacher knows one
 HOLES = {"gland": (9, 14, 1), "fat": (8, 13, 5), "cribriform": (3.5, 5.5, 9)}  # smallest and largest radius, number
 
 
-def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    coarse = rng.random((cells + 1, cells + 1), dtype=np.float32)  # in [0, 1]; bilinearly enlarged to (size, size)
+def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:  # (size, size), in [0, 1]
+    coarse = rng.random((cells + 1, cells + 1), dtype=np.float32)  # enlarged bilinearly
     t = np.arange(size, dtype=np.float32) * (cells / size)
     i, f = t.astype(int), t % 1
     rows = coarse[i] * (1 - f)[:, None] + coarse[i + 1] * f[:, None]
@@ -57,14 +56,12 @@ def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndar
     """Tile k -> RGB uint8 (size, size, 3), places of its cells and tissue in CELLS and TISSUES, nuclei (size, size)."""
     rng = np.random.default_rng((STREAMS.index(stream), seed, k))
     cell, tissue = int(rng.integers(len(CELLS))), int(rng.integers(len(TISSUES)))
-    radius, spread, elongation, density, pale, nucleolus, count = list(CELLS.values())[cell]
-    name = TISSUES[tissue]
+    name, (radius, spread, elongation, density, pale, nucleolus, count) = TISSUES[tissue], list(CELLS.values())[cell]
     y, x = np.mgrid[:size, :size].astype(np.float32) * (64 / size)  # coordinates of a 64 px tile
     normal = partial(rng.standard_normal, dtype=np.float32)
-    # Eosin: a texture, waves for fibres and whorls, nothing in the holes.
     angle, warp = rng.uniform(0, math.pi), 10 * (smooth_noise(rng, size, 3) - 0.5)
     centre_x, centre_y = rng.uniform(18, 46, 2).tolist()
-    eosin = 0.35 + 0.35 * smooth_noise(rng, size, 8)
+    eosin = 0.35 + 0.35 * smooth_noise(rng, size, 8)  # a texture; with waves for fibres and whorls, none in the holes
     if name == "fibres":
         across = x * math.cos(angle) + y * math.sin(angle) + warp
         eosin += 0.35 * np.sin(across * rng.uniform(0.5, 0.7) + rng.uniform(0, 6))
@@ -76,8 +73,7 @@ def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndar
         hole_r = rng.uniform(*HOLES[name]).tolist()
         edge = np.min([np.hypot(x - a, y - b) / r for a, b, r in zip(*centres, hole_r)], axis=0)  # 1 at a rim
         holes = 1 / (1 + np.exp(np.clip((edge + warp / 40 - 1) * 16, -30, 30)))
-    # Haematoxylin: nuclei outside the holes, around the lumen in a gland, as soft ellipses (n, size, size).
-    n = max(4, rng.poisson(count))
+    n = max(4, rng.poisson(count))  # nuclei: outside the holes, round the lumen of a gland; ellipses (n, size, size)
     nx, ny = rng.uniform(0, 64, (2, 3 * n)).astype(np.float32)
     order = np.flatnonzero(free := holes[(ny * size / 64).astype(int), (nx * size / 64).astype(int)] < 0.3)[:n]
     if name == "gland":
@@ -85,8 +81,7 @@ def draw_tissue(stream: str, seed: int, k: int, size: int = 64) -> tuple[np.ndar
         order = np.argsort(np.where(free, off_ring, 9), kind="stable")[:n]
     shape = (len(order), 1, 1)
     r, e = radius * np.exp(spread * normal(shape)), np.sqrt(elongation * np.exp(0.15 * normal(shape)))
-    a = angle + 0.5 * normal(shape)
-    dx, dy = x - nx[order, None, None], y - ny[order, None, None]
+    a, dx, dy = angle + 0.5 * normal(shape), x - nx[order, None, None], y - ny[order, None, None]
     d = np.hypot((np.cos(a) * dx + np.sin(a) * dy) / (r * e), (np.cos(a) * dy - np.sin(a) * dx) / (r / e))  # 1: rim
     body = np.clip((1 - d) * 3 + 0.5, 0, 1)
     chromatin = 1 - pale * np.clip(1.4 - 1.8 * d, 0, 1) + nucleolus * np.clip(2 - 5 * d, 0, 1)
@@ -167,7 +162,7 @@ def batches(tiles: Dataset, ks: Sequence[int], batch_size: int, workers=0, pin=F
         del read, loader  # the workers end now, and not when the traceback of an error is forgotten
 
 
-def note_unreadable(tiles: Dataset, path: str, record: Path) -> None:
+def note_unreadable(tiles: Dataset, path: str, record: Path) -> None:  # names it once; InputError: over 1 %
     tiles.unreadable.append(path)
     text, line = record.read_text() if record.exists() else "", json.dumps(path)
     known = {*re.findall(r'(?m)^".*"$', text), *map(json.dumps, tiles.unreadable)}  # by all processes, and before
@@ -187,11 +182,11 @@ def top_and_roots(given: str | Path | list[str]) -> tuple[str, list[str]]:
     return os.path.commonpath([root if os.path.isdir(root) else os.path.dirname(root) for root in roots]), roots
 
 
-def stamp(path: str) -> list:
+def stamp(path: str) -> list:  # bytes and time of a file or folder, from which a change is told
     return [os.path.getsize(path), os.path.getmtime(path)]
 
 
-def list_tiles(given: str | Path | list[str], flag="--data", spare: Path | None = None, stamps=None) -> list[str]:
+def list_tiles(given: str | Path | list, flag="--data", spare: Path | None = None, stamps: dict | None = None) -> list:
     """Sorted relative paths of all images below a folder or, if none, in shards, as SHARD.tar/OFFSET+SIZE/NAME. With
     `spare`, that of shards or of 10,000 tiles is kept, as FOLDER.index or there. Fills {folder or shard: `stamp`}."""
     (top, roots), stamps, began = top_and_roots(given), {} if stamps is None else stamps, time.time()

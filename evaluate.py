@@ -1,4 +1,4 @@
-"""Evaluation of frozen embeddings at every nested dim: students and teachers side by side.
+"""Evaluation of what train.py saved: frozen embeddings at every nested dim, students and teachers side by side.
 
     python evaluate.py runs/demo                        synthetic tissue, every task, beside the offline teachers
     python evaluate.py runs/a runs/b --data labelled/   several runs on tiles of your own
@@ -6,7 +6,6 @@
 Features are taken after the final norm, cut to the first m channels, and only then normalised where a task does so."""
 
 import json
-import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -23,7 +22,6 @@ from torchvision.transforms import functional as TF
 
 import data
 import teachers as cli
-from data import TissueTiles, batches, list_tiles
 from student import InputError, Student, load_student, millions, save_atomically, truncate
 
 TOKENS, N_TILES = 100_000, 2048  # most that the dense probe fits; synthetic tiles, to learn from and again to test on
@@ -34,9 +32,8 @@ LABELS = {"class": "summary", "cells": "summary", "tissue": "summary", "mask": "
 @torch.no_grad()
 def embed(model: nn.Module, images: Tensor, batch_size: int = 64, kind: str = "summary") -> Tensor:
     """Float32, on the CPU, of images (n, 3, H, W): summary, a teacher's card embedding (n, D), or patches (n, N, D)."""
-    device, card = next(model.parameters()).device, isinstance(model, cli.Teacher) and kind == "summary"
-    parts = (part.to(device) for part in images.split(batch_size))
-    return torch.cat([(model.embed(part) if card else model(part)[kind]).float().cpu() for part in parts])
+    of = model.embed if isinstance(model, cli.Teacher) and kind == "summary" else lambda x: model(x)[kind]
+    return torch.cat([of(x.to(next(model.parameters()).device)).float().cpu() for x in images.split(batch_size)])
 
 
 class CentreTiles(Dataset):
@@ -94,12 +91,11 @@ def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) 
 
 def adaptive_retrieval(train_x, train_y, test_x, test_y, dim: int, shortlist: int = 200) -> dict[str, float]:
     """The 200 nearest at `dim` channels, re-ranked at all, as in MRL (2205.13147); work: its share of a full search."""
-    (n, D), shortlist = train_x.shape, min(shortlist, len(train_x))
     candidates = nearest(**truncate({"bank": train_x, "queries": test_x}, dim), k=shortlist)[1]  # (q, shortlist)
     bank, queries, best = F.normalize(train_x.float(), dim=-1), F.normalize(test_x.float(), dim=-1), []
     for rows, part in zip(candidates.split(64), queries.split(64)):
         best.append(rows.gather(1, torch.einsum("qsd,qd->qs", bank[rows], part).argmax(-1, keepdim=True))[:, 0])
-    work = 1.0 if dim == D else (n * dim + shortlist * D) / (n * D)
+    work = 1.0 if dim == train_x.shape[1] else dim / train_x.shape[1] + candidates.shape[1] / len(train_x)
     return {"Acc@1": accuracies(train_y[torch.cat(best)], test_y)["accuracy"], "work": work}
 
 
@@ -141,7 +137,7 @@ def overlap(confusion: Tensor) -> dict[str, float]:  # of pixel counts (K, K): r
 def dense_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, float]:
     """The linear probe on 100,000 patch tokens at most, labelled by their centre; logits enlarged; all test pixels.
     x: (n, N, D); y: masks (n, S, S) of class numbers 0 to 255."""
-    grid = math.isqrt(train_x.shape[1])
+    grid = round(train_x.shape[1] ** 0.5)
     y = F.interpolate(train_y[:, None].float(), (grid, grid), mode="nearest-exact").flatten().long()  # (n * N,)
     some = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:TOKENS]
     W, bias, classes = fit_linear(train_x.flatten(0, 1)[some], y[some])
@@ -163,7 +159,7 @@ def evaluate(models: dict, train: Dataset, test: Dataset, tasks: list[str]) -> l
     kinds, x, rows = {*labels.values()}, {}, []  # x: {(model, kind) or label: {split: features or labels}}
     for split, tiles in {"train": train, "test": test}.items() if labels else ():
         seen = []
-        for batch in batches(tiles, range(len(tiles)), 64, WORKERS, label=f"embedding {split}"):
+        for batch in data.batches(tiles, range(len(tiles)), 64, WORKERS, label=f"embedding {split}"):
             z = {(k, kind): embed(models[k][0], batch["image"], kind=kind) for k in models for kind in kinds}
             seen.append(z | {label: batch[label] for label in labels})
         x = {key: x.get(key, {}) | {split: torch.cat([part[key] for part in seen])} for key in seen[0]}
@@ -196,18 +192,18 @@ def report(models: dict, runs: list[Path], root: str | None, seed: int, tasks=tu
     """Evaluate on a labelled folder or on synthetic tissue; print; add to each run's results.json; draw its figures."""
     title, name = root or "synthetic tissue", re.sub(r"\W+", "-", root or "synthetic tissue").strip("-") or "data"
     folders, rows, unreadable = {run if run.is_dir() else run.parent for run in runs}, [], set()
-    splits, drawn = data.labelled_files(root).values() if root else ("bank", "test"), range(N_TILES)
+    splits, some = data.labelled_files(root).values() if root else ("bank", "test"), range(N_TILES)
     sizes = {k: m.backbone.img_size if isinstance(m, Student) else m.card_size for k, (m, _) in models.items()}
     for size in dict.fromkeys(sizes.values()):  # each model sees tiles of its own size
         group = {key: models[key] for key in models if sizes[key] == size}
-        tiles = [CentreTiles(root, size, *x) if root else Subset(TissueTiles(x, seed, size), drawn) for x in splits]
+        tiles = [CentreTiles(root, size, *x) if root else Subset(data.TissueTiles(x, seed, size), some) for x in splits]
         rows += evaluate(group, *tiles, tasks)
         unreadable |= {path for split in tiles for path in getattr(split, "unreadable", [])}
         for folder in folders:
             draw_patches(group, tiles[1], folder / f"patches-{name}-{size}px.png")
     if not rows[0]["scores"]:
         raise InputError(f"--tasks: {root} holds {'classes, no masks' if 'dense' in tasks else 'masks, no classes'}")
-    print(*("\n" + table(rows, label) for label in rows[0]["scores"]), sep="\n")
+    print("\n" + (tables := "\n\n".join(table(rows, label) for label in rows[0]["scores"])))
     result = {"protocol": {task: TASKS[task].__doc__ for scores in rows[0]["scores"].values() for task in scores}}
     result["tiles"] = "shorter side to the model's size, centre crop" if root else "drawn at the model's size"
     result |= {"seed": seed, "unreadable": sorted(unreadable), "torch": torch.__version__, "numpy": np.__version__}
@@ -219,6 +215,11 @@ def report(models: dict, runs: list[Path], root: str | None, seed: int, tasks=tu
             except (TypeError, ValueError) as error:
                 raise InputError(f"{file} cannot be read: {error}; move it") from None
             save_atomically(results, file)
+            if (card := file.with_name("model_card.md")).exists():  # a section a title, the newest
+                top, *others = card.read_bytes().split(heading := b"\n## Evaluation on ")
+                section = f"{repr(title)[1:-1]}\n```text\n{tables}\n```\n".encode(errors="backslashreplace")
+                others = [x for x in others if x.split(b"\n")[0] != section.split(b"\n")[0]]
+                save_atomically(heading.join([top, *others, section]), card)
         print(f"{title}: {file}, pictures beside it{', instead of its earlier rows' if title in earlier else ''}")
         draw_curves(rows, file.with_name("log.jsonl"), file.with_name(f"curves-{name}.png"))
     return rows
@@ -256,8 +257,8 @@ def draw_patches(models: dict, tiles: Dataset, file: Path) -> None:  # a row a t
     for name, (model, _) in models.items():
         z = embed(model, images, kind="patches")  # (4, N, D)
         rgb = (z - z.mean((0, 1))) @ torch.linalg.eigh(z.flatten(0, 1).T.cov())[1][:, -3:]  # (4, N, 3)
-        low, high = rgb.flatten(0, 1).quantile(torch.tensor([0.02, 0.98]), 0)
-        views[name] = ((rgb - low) / (high - low).clamp(1e-9)).clamp(0, 1).mT.unflatten(2, (math.isqrt(z.shape[1]), -1))
+        low, top = rgb.flatten(0, 1).quantile(torch.tensor([0.02, 0.98]), 0)
+        views[name] = ((rgb - low) / (top - low).clamp(1e-9)).clamp(0, 1).mT.unflatten(2, (round(len(z[0]) ** 0.5), -1))
     cells = torch.stack([F.interpolate(column, (224, 224)) for column in views.values()], 1).flatten(0, 1)
     sheet = TF.to_pil_image(utils.make_grid(cells, nrow=len(views), padding=4, pad_value=1))
     for i, name in enumerate(views):
@@ -265,7 +266,7 @@ def draw_patches(models: dict, tiles: Dataset, file: Path) -> None:  # a row a t
     save_atomically(sheet, file, lambda sheet, out: sheet.save(out, "png"))
 
 
-def main() -> None:
+def main() -> None:  # the command line
     add = (parser := cli.OneLineParser("evaluate.py", description=__doc__)).add_argument
     add("runs", nargs="+", metavar="RUN", help="a run folder or a student.pt; several stand side by side")
     add("--data", type=cli.path, help=f"a folder of {data.LABELLED} (default: synthetic tissue)")
@@ -286,17 +287,17 @@ def main() -> None:
         student, config = load_student(run, device)
         if (dim := max([args.dim or 0, *(args.dims or [])])) > (width := student.backbone.width):
             raise InputError(f"--dims, --dim: {dim} is above the width of {run}; give at most {width}")
-        models[run] = (student, args.dims or student.nested_dims)
+        models[repr(run)[1:-1]] = (student, args.dims or student.nested_dims)
     if args.embed or args.out or args.dim:
         if len(args.runs) > 1 or not args.out or not (args.embed or args.dim):
             raise InputError("--out: give one RUN and --embed DIR --out X.npz, or --dim M --out X.pt")
         if Path(args.out).exists():
             raise InputError(f"--out: {args.out} exists; choose another name, or remove it")
         if args.embed:  # embeddings (n, dim), paths (n,) of the readable tiles, and what made them
-            files, dim, paths = list_tiles(args.embed, "--embed"), args.dim or width, []
+            files, dim, paths = data.list_tiles(args.embed, "--embed"), args.dim or width, []
             tiles = CentreTiles(data.top_and_roots(args.embed)[0], student.backbone.img_size, files)
             embeddings = np.empty((len(tiles), dim), np.float16 if args.half else np.float32)
-            for batch in batches(tiles, range(len(tiles)), 64, WORKERS, label=f"embedding {args.embed}"):
+            for batch in data.batches(tiles, range(len(tiles)), 64, WORKERS, label=f"embedding {args.embed}"):
                 features = truncate({"summary": embed(student, batch["image"])}, dim)["summary"]
                 embeddings[len(paths) : len(paths) + len(features)] = features
                 paths += [tiles.files[i] for i in batch["index"]]

@@ -1,16 +1,13 @@
 """The targets and the loss: standardised teacher tokens, three token losses, their sum over teachers and nested dims.
 
     y_t     = standardise(tokens of teacher t)                Standardizer: measured once, before training, then frozen
-    h_{t,m} = adaptor head of teacher t at dim m              student.adapt, for the summary and for the patches
+    h_{t,m} = the adaptor head of teacher t at dim m          student.adapt, one for the summary and one for the patches
     L_{t,m} =       cos(h_{t,m}(z_summary[:m]), y_summary)    distillation_loss; cos(a, b) = 1 - cosine similarity
             + 0.9 * cos(h_{t,m}(z_patch[:m]),   y_patch)
             + 0.1 * smooth_l1(h_{t,m}(z_patch[:m]), y_patch)
-    L       = sum over teachers t and nested dims m of w_m * L_{t,m},   w_m = 1    nested_loss
-Its place: tokens z of student.py and of the frozen teachers.py come in, train.py goes back through L; float32 under any
-autocast. Sources: RADIO (arXiv 2312.06709) for the token losses, PHI-S (2410.01680), Matryoshka (2205.13147) for the
-sum. The weights are our choice, not checked against the paper's method section."""
-
-from collections.abc import Iterable
+    L       = sum over teachers t and nested dims m of w_m * L_{t,m},   w_m = 1    nested_loss, which train.py minimises
+Losses are float32 under any autocast. Sources: RADIO (arXiv 2312.06709) for the token losses, PHI-S (2410.01680), and
+Matryoshka (2205.13147) for the sum. The weights are our choice, not checked against the paper's method section."""
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +32,10 @@ def hadamard(n: int) -> Tensor:
 
 class Standardizer(nn.Module):
     """One teacher's tokens of one kind, (..., D) -> y_t (..., D) with mean 0 and comparable scale; frozen buffers.
-        y' = R (y - mean) / scale          y = R^T (scale * y') + mean
+        y_t = R (y - mean) / scale
     "phi-s":   R = H U^T, scale = sqrt(mean(l)) (one number), H a normalised Hadamard matrix, C = U diag(l) U^T.
-               Every channel then has variance exactly 1, without blowing up a near-dead channel or direction.
-    "channel": R = I, scale = each channel's standard deviation.       "none": y' = y."""
+               Every channel of y_t then has variance exactly 1, without blowing up a near-dead channel or direction.
+    "channel": R = I, scale = each channel's standard deviation.       "none": y_t = y."""
 
     def __init__(self, dim: int, mode: str = "phi-s"):
         super().__init__()
@@ -65,21 +62,14 @@ class Standardizer(nn.Module):
         with torch.autocast(y.device.type, enabled=False):
             return (y.float() - self.mean) @ self.rotation.T / self.scale
 
-    def inverse(self, y: Tensor) -> Tensor:
-        """Standardised tokens (..., D) -> the teacher's own."""
-        with torch.autocast(y.device.type, enabled=False):
-            return (y.float() * self.scale) @ self.rotation + self.mean
 
-
-class Standardizers(nn.ModuleDict):
-    """{teacher: {"summary": Standardizer, "patches": Standardizer}}, which turns {teacher: tokens} into {teacher: y_t}."""
-
+class Standardizers(nn.ModuleDict):  # {teacher: {"summary": Standardizer, "patches": Standardizer}}
     def __init__(self, teacher_dims: dict[str, int], mode: str = "phi-s"):
         kinds = ("summary", "patches")
         super().__init__({t: nn.ModuleDict({k: Standardizer(D, mode) for k in kinds}) for t, D in teacher_dims.items()})
 
     @torch.no_grad()
-    def measure(self, batches: Iterable[dict[str, Tokens]]) -> None:
+    def measure(self, batches) -> None:
         """Set every standardiser from batches of raw outputs {teacher: tokens}; moments are summed in float64."""
         moments = {(t, kind): (0, 0.0, 0.0) for t in self for kind in self[t]}
         for outputs in batches:
@@ -111,29 +101,19 @@ def distillation_loss(adapted: dict[str, Tokens], targets: dict[str, Tokens]) ->
 
 
 def spread(h: Tokens, y: Tokens) -> Tensor:
-    """No part of the loss, only watched: how far predictions h differ from tile to tile, as a share of how far targets
-    y do; the smaller of the shares of summary and first patch. 0: a dead head, which says the same of every tile."""
-
-    def deviation(x: Tensor) -> Tensor:  # (B, D_t) -> standard deviation over the batch, mean of all channels
-        return x.float().std(0, unbiased=False).mean()
-
-    of_summary = deviation(h["summary"]) / deviation(y["summary"])
-    of_patch = deviation(h["patches"][:, 0]) / deviation(y["patches"][:, 0])
-    return torch.fmin(of_summary, of_patch)
+    """Watched, no part of the loss: the deviation of predictions h over the batch, mean of all channels, over that of
+    their targets y; the smaller of the ratios for summary and first patch. 0: a dead head, the same for every tile."""
+    pairs = ((h["summary"], y["summary"]), (h["patches"][:, 0], y["patches"][:, 0]))  # each (B, D_t)
+    return torch.fmin(*[a.float().std(0, unbiased=False).mean() / b.std(0, unbiased=False).mean() for a, b in pairs])
 
 
 def nested_loss(student: nn.Module, tokens: Tokens, targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
     """L = sum over nested dims m and teachers t of L_{t,m}: every prefix of the embedding has to do the whole job.
     tokens: the student's z, {"summary": (B, D), "patches": (B, N, D)}. -> (L, {m: parts of distillation_loss at m})."""
-    loss, parts = 0.0, {}
-    for m in student.nested_dims:
-        loss_m, parts[m] = distillation_loss(student.adapt(tokens, m), targets)
-        loss = loss + loss_m  # w_m = 1
-    return loss, parts
+    losses, parts = zip(*[distillation_loss(student.adapt(tokens, m), targets) for m in student.nested_dims])
+    return sum(losses), dict(zip(student.nested_dims, parts))  # w_m = 1
 
 
-class Distiller(nn.Sequential):
-    """A student with the loss in its forward, (images, targets y_t) -> (L, parts): what DDP and --compile take."""
-
+class Distiller(nn.Sequential):  # of a student: with the loss in its forward, as DDP wraps and --compile compiles it
     def forward(self, images: Tensor, targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
         return nested_loss(self[0], self[0](images), targets)

@@ -1,4 +1,4 @@
-"""The student: one hand-written ViT, adaptor heads, and the cut to the first m channels.
+"""The student: one hand-written ViT, the heads that losses.py compares, and the cut to the first m channels.
 
     tokens  = LayerNorm(ViT(image))              one summary (CLS) and N patch tokens, width D
     z[:m]   = the first m channels of a token    `truncate`, for every m in nested_dims (the last one is D)
@@ -26,6 +26,18 @@ P14, REG4 = {"img_size": 224, "patch_size": 14}, {"registers": 4, "pos_on_prefix
 VIT_S, VIT_B = ({"width": D, "depth": 12, "heads": D // 64, "mlp_width": 4 * D} for D in (384, 768))
 TOY = {"img_size": 64, "patch_size": 8, "width": 48, "depth": 5, "heads": 3, "mlp_width": 192, **REG4, "registers": 1}
 STUDENTS = {"vit_b": P14 | VIT_B | REG4, "vit_s": P14 | VIT_S | REG4, "toy": TOY}  # 85.7 M, 21.6 M, 0.154 M parameters
+CARD = """# Student {student}, step {step} of {steps}, {parameters:.3f} M parameters, width {width}
+```python
+import timm
+model = timm.create_model("vit_base_patch14_reg4_dinov2", num_classes=0, checkpoint_path="student.pt", depth={depth},
+    img_size={img_size}, patch_size={patch_size}, embed_dim={width}, num_heads={heads}, reg_tokens={registers}).eval()
+z = model(images)  # (B, {width}); z[:, :m] is cut to m channels, trained for m of {nested_dims}
+```
+- Images: RGB in [0, 1], {img_size} px a side, less ImageNet mean (0.485, 0.456, 0.406), over std (0.229, 0.224, 0.225)
+- Data: {source!r}; batch {batch_size}, lr {lr}, standardize {standardize}, {dtype}, seed {seed}, {world} process(es)
+- Teachers: {teachers}. Their licences may bind the student. All licences of what it comes from: {licences}
+- Each save of train.py writes this card anew, without evaluations, because the student has changed
+"""  # model_card.md: filled from a run's arguments, from the config in its student.pt, and by train.py
 
 
 class InputError(ValueError):
@@ -60,7 +72,7 @@ class VisionTransformer(nn.Module):
     pos_on_prefix: pos_embed has rows for CLS and registers too (UNI, Virchow2), or for patches alone (DINOv2 reg4)."""
 
     def __init__(self, img_size: int, patch_size: int, width: int, depth: int, heads: int, mlp_width: int,
-                 swiglu=False, layer_scale=True, registers=0, pos_on_prefix=True):  # fmt: skip
+        swiglu: bool = False, layer_scale: bool = True, registers: int = 0, pos_on_prefix: bool = True):  # fmt: skip
         super().__init__()
         self.img_size, self.width, self.registers, self.pos_on_prefix = img_size, width, registers, pos_on_prefix
         self.grid = img_size // patch_size  # patches a side
@@ -88,13 +100,13 @@ class VisionTransformer(nn.Module):
         return {"summary": tokens[:, 0], "patches": tokens[:, 1 + self.registers :]}
 
 
-def init_weights(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:  # for module.apply: linear layers and patch embedding
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
-def millions(model: nn.Module) -> float:
+def millions(model: nn.Module) -> float:  # of parameters
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
@@ -119,8 +131,7 @@ class Student(nn.Module):
         self.nested_dims = sorted({*nested_dims, D})
         if self.nested_dims[0] < 1 or self.nested_dims[-1] > D:
             raise InputError(f"--dims: {self.nested_dims} do not fit the width of {arch}; give dims from 1 to {D}")
-        buffers = (nn.Buffer(torch.tensor(values).view(3, 1, 1), persistent=False) for values in IMAGENET)
-        self.mean, self.std = buffers  # not in the state dict: timm keeps them in its config too
+        self.mean, self.std = (nn.Buffer(torch.tensor(x).view(3, 1, 1), persistent=False) for x in IMAGENET)
         self.adaptors = nn.ModuleDict({t: nn.ModuleDict() for t in teacher_dims})
         for t, D_t, m in ((t, D_t, m) for t, D_t in teacher_dims.items() for m in self.nested_dims):  # h_{t,m}
             heads = (nn.Sequential(nn.Linear(m, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D_t)) for _ in range(2))
@@ -200,8 +211,7 @@ RENAMES = [  # in this order: wrappers of training code; Hugging Face's ViT and 
     (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
     (r"\.attention\.attention\.(query|key|value)\.", r".attn.qkv."), (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.(intermediate\.dense|mlp\.weights_in|mlp\.w12)\.", ".mlp.fc1."),
-    (r"\.(output\.dense|mlp\.weights_out|mlp\.w3)\.", ".mlp.fc2."),
-]  # fmt: skip
+    (r"\.(output\.dense|mlp\.weights_out|mlp\.w3)\.", ".mlp.fc2.")]  # fmt: skip
 UNUSED = r"mask_token$|(pooler|classifier|head|dino_head|ibot_head)\."  # any other surplus tensor is refused
 
 

@@ -1,4 +1,4 @@
-"""The teachers: frozen encoders behind one forward, published ones and the two offline ones of the demo.
+"""The teachers, frozen: tiles of data.py in, targets for losses.py out; published ones, and two offline for the demo.
 
     python teachers.py                every teacher: size, tile, normalisation, gate, where its weights are, licence
     python teachers.py uni tile.png   load one and embed a tile: are access, file and memory in order before a long run?
@@ -30,7 +30,7 @@ from student import IMAGENET, P14, REG4, VIT_B, VIT_S, InputError, VisionTransfo
 
 
 @dataclass(frozen=True)
-class TeacherSpec:
+class TeacherSpec:  # what a teacher is, as its card has it
     arch: dict  # arguments of VisionTransformer
     licence: str  # of the weights, and whether it binds students
     repo: str = ""  # on Hugging Face; without one, weights are only looked for in --weights-dir
@@ -128,7 +128,7 @@ class Teacher(nn.Module):
         return torch.cat([summary, patches.mean(1)] if self.spec.patch_mean else [summary], -1)
 
 
-def check_names(names: list[str]) -> None:
+def check_names(names: list[str]) -> None:  # InputError: one is unknown, or there are none
     if unknown := [name for name in names or [""] if name not in TEACHERS]:
         raise InputError(f"--teachers: no teacher is called '{unknown[0]}'; choose from {', '.join(TEACHERS)}")
 
@@ -225,13 +225,13 @@ def train_offline_teacher(name: str, steps: int, seed: int, device: str | torch.
     return {key: value.cpu() for key, value in vit.state_dict().items()}
 
 
-def whole(smallest: int, largest: int, text: str) -> int:
+def whole(smallest: int, largest: int, text: str) -> int:  # these are types for argparse, which names the flag
     if not text.strip().isdecimal() or not smallest <= int(text) <= largest:
         raise ArgumentTypeError(f"{text!r} is not a whole number from {smallest} to {largest}")
     return int(text)
 
 
-def path(text: str, folder: bool = False) -> str:
+def path(text: str, folder: bool = False) -> str:  # anything but "", and as a folder no file
     if not text:  # an unset variable of the shell; without this check the default would be taken in silence
         raise ArgumentTypeError("it is empty; give a value")
     if folder and os.path.exists(text) and not os.path.isdir(text):
@@ -239,17 +239,16 @@ def path(text: str, folder: bool = False) -> str:
     return text
 
 
-# One-line errors, whole flags only, the module docstring as the manual
 OneLineParser = partial(ArgumentParser, formatter_class=RawTextHelpFormatter, usage=SUPPRESS, allow_abbrev=False)
 natural, positive, plural = (partial(whole, smallest, 2**31 - 1) for smallest in range(3))
 few, batch, folder = partial(whole, 0, 1024), partial(whole, 1, 2**16), partial(path, folder=True)
 
 
-def name_list(text: str) -> list[str]:
+def name_list(text: str) -> list[str]:  # "uni, virchow" -> ["uni", "virchow"]
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def dim_list(text: str) -> list[int]:
+def dim_list(text: str) -> list[int]:  # "96,24" -> [24, 96]
     return sorted({positive(part) for part in text.split(",")})
 
 
@@ -288,7 +287,7 @@ def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.devi
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
-def main() -> None:
+def main() -> None:  # the command line
     add = (parser := OneLineParser("teachers.py", description=__doc__)).add_argument
     add("name", nargs="?", metavar="NAME", help="a teacher to try; without it all are listed")
     add("tile", nargs="?", metavar="TILE", help="an image to embed")

@@ -1,13 +1,12 @@
-"""Train one small student on several frozen teachers, at every nested dim at once.
+"""Train one small student on several frozen teachers, at every nested dim at once: from tiles to checkpoint.
 
     python train.py                                       the offline demo: synthetic tissue, CPU, minutes
     python train.py --teachers uni,virchow --data tiles/  published teachers; says how to get missing weights
     python train.py --resume runs/demo                    go on where a run stopped
-A run folder holds last.pt (all that a resume needs), student.pt (the backbone, loads into timm), log.jsonl. Optimiser,
+A run folder holds last.pt (all that a resume needs), student.pt (loads into timm), model_card.md, log.jsonl. Optimiser,
 schedule, sizes are our choice, not checked against the paper's method section; vit_b and vit_s were not trained out."""
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -22,14 +21,12 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout  # comes with torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
 import teachers as cli
 from losses import Distiller, Standardizers
-from student import STUDENTS, InputError, Student, load_strictly, millions, read_weights, save_atomically
-from teachers import OFFLINE, TEACHERS, find_weights
+from student import CARD, STUDENTS, InputError, Student, load_strictly, millions, read_weights, save_atomically
 
 VIT = {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "save_every": 1000}
 DEFAULTS = {"toy": {"dims": [2, 4, 8, 16, 48], "steps": 2000, "batch_size": 32, "lr": 5e-3, "save_every": 250}}
@@ -38,10 +35,10 @@ BETAS, CLIP, WARMUP = (0.9, 0.95), 1.0, 0.04  # warmup: share of the steps
 WHOLE = {"args", "step", "student", "standardizers", "optimizer", "scaler", "tiles"}  # what a checkpoint holds
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    add, offline = (parser := cli.OneLineParser("train.py", description=__doc__)).add_argument, ",".join(OFFLINE)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # checked, with the defaults of its student
+    add, offline = (parser := cli.OneLineParser("train.py", description=__doc__)).add_argument, ",".join(cli.OFFLINE)
     of = {key: "default: " + ", ".join(f"{name} {d[key]}" for name, d in DEFAULTS.items()) for key in DEFAULTS["toy"]}
-    add("--teachers", type=cli.name_list, help=f"comma-separated, of {', '.join(TEACHERS)} (default: {offline})")
+    add("--teachers", type=cli.name_list, help=f"comma-separated, of {', '.join(cli.TEACHERS)} (default: {offline})")
     add("--student", choices=STUDENTS, help="(default: toy with offline teachers alone, otherwise vit_b)")
     add("--dims", type=cli.dim_list, help=f"nested dims; the student's width is always one ({of['dims']})")
     add("--data", type=cli.path, nargs="+", help="folders of tiles (png, jpg, ...), or tar shards of them (or: drawn)")
@@ -76,8 +73,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for key in given.keys() - {"workers", "device", "data", "weights_dir", "save_every", "log_every", "stop_at"}:
             raise InputError(f"--{key.replace('_', '-')}: this run has {stored.get(key)}; drop it, or do not --resume")
         given = stored | given | {"out": folder, "resume": True}
-    cli.check_names(names := given.get("teachers", OFFLINE))
-    published = [name for name in names if name not in OFFLINE]
+    cli.check_names(names := given.get("teachers", cli.OFFLINE))
+    published = [name for name in names if name not in cli.OFFLINE]
     of_student = DEFAULTS[kind := given.get("student", "vit_b" if published else "toy")]
     out = f"runs/{'-'.join(names)}-{kind}" if published else "runs/demo"
     args = {"teachers": names, "student": kind, "out": out, "accumulate": 1, "seed": 0, "standardize": "phi-s"}
@@ -97,7 +94,7 @@ class CachedTiles:
     """Tiles on which the teachers run once: sample k -> one of `tiles`, and "outputs": {teacher: tokens}. outputs (n,),
     in memory or mapped, has fields "done" and {teacher: fp16 (1 + N, D_t), summary first}; row r is of tiles[r]."""
 
-    def __init__(self, tiles, rows, outputs: np.ndarray, seed: int):
+    def __init__(self, tiles: data.Dataset | list, rows: np.ndarray | range, outputs: np.ndarray, seed: int):
         self.tiles, self.rows, self.outputs, self.seed = tiles, rows, outputs, seed  # rows (n,): of each tile
 
     def fill(self, teach, todo: list[int], workers: int) -> None:  # teach: batch -> {teacher: tokens}
@@ -138,9 +135,8 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
         torch.cuda.set_device(device)
     if world > 1:  # gloo between CPUs and NCCL between GPUs; half an hour: process 0 may have to fetch weights
         dist.init_process_group(timeout=timedelta(minutes=30))
-    # Student and standardisers
-    torch.manual_seed(args.seed)
-    teacher_dims = {name: TEACHERS[name].arch["width"] for name in args.teachers}
+    torch.manual_seed(args.seed)  # of the student
+    teacher_dims = {name: cli.TEACHERS[name].arch["width"] for name in args.teachers}
     student = Student(args.student, teacher_dims, args.dims).to(device)
     vit, size, grid = student.backbone, student.backbone.img_size, student.backbone.grid
     say(f"student {args.student}: {millions(vit):.3f} M parameters, nested dims {args.dims}, on {device} in {dtype}")
@@ -149,7 +145,6 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
         licences = cli.load_init(vit, args.init, args.weights_dir)
         say(f"begun from {args.init}; licence " + "; ".join(f"{name}: {text}" for name, text in licences.items()))
     standardizers = Standardizers(teacher_dims, args.standardize).to(device)
-    # Tiles and teachers
     if rank:
         dist.barrier()  # process 0 goes first: it makes or fetches what the others then find
     seed = 0 if args.cache else args.seed  # a cache holds one view a tile, the same for every run
@@ -159,8 +154,7 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
         raise InputError(f"--data: {args.data} does not hold the tiles this run began with; give the same ones")
     recipe = {"steps": args.teacher_steps, "seed": args.teacher_seed}
     full = args.cache and {"complete", "outputs"} <= {file.name for file in Path(args.cache).glob("*")}
-    needed = [] if full else args.teachers
-    find_weights(needed, args.weights_dir)  # names every missing teacher at once
+    cli.find_weights(needed := [] if full else args.teachers, args.weights_dir)  # names every missing teacher at once
     try:
         _lock = rank or FileLock(out / "lock").acquire(timeout=0)  # released by the system when this process ends
     except Timeout:
@@ -172,7 +166,7 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
         left.unlink()
     teachers = {name: cli.load_teacher(name, args.weights_dir, device, dtype, **recipe) for name in needed}
     for name in args.teachers:
-        licences[name], teacher = TEACHERS[name].licence, teachers.get(name)
+        licences[name], teacher = cli.TEACHERS[name].licence, teachers.get(name)
         text = teacher and f"{millions(teacher):.3f} M parameters, width {teacher.dim}, grid {teacher.grid}"
         say(f"teacher {name}: {text or f'its outputs in {args.cache}'}; licence {licences[name]}")
     source = f"{len(tiles.files)} tiles of {tiles.root}" if args.data else f"synthetic tissue drawn at {size} px"
@@ -180,17 +174,16 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
     for block in (block for t in teachers for block in teachers[t].vit.blocks if args.compile):
         block.compile(dynamic=False)  # those of a teacher are alike, so one is compiled
 
-    def to_device(batch: dict) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
+    def to_device(batch: dict) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:  # images, outputs of the teachers
         images = batch["image"].to(device, non_blocking=True).contiguous()
         outputs = batch.get("outputs") or {name: teacher(images, grid) for name, teacher in teachers.items()}
         return images, {t: {kind: y.to(device, non_blocking=True) for kind, y in outputs[t].items()} for t in outputs}
 
-    # Where a run goes over few tiles many times, the demo and --cache, the teachers run once; otherwise in every step
     demo = not args.data and args.student == "toy"
     workers = args.workers if args.workers is not None else 8 if device.type == "cuda" and not demo else 0
     if demo:
         tiles = [{"image": image} for image in tiles.draw(min(8192, args.steps * args.batch_size))["image"]]
-    if demo or args.cache:
+    if demo or args.cache:  # few tiles, gone over many times: the teachers run once; otherwise in every step
         n = len(tiles) if demo else len(tiles.files)
         row = np.dtype([("done", "u2"), *((t, "f2", (1 + grid**2, D_t)) for t, D_t in teacher_dims.items())])
         rows, outputs = range(n), np.zeros(n * demo, row)
@@ -198,7 +191,7 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
             tiles_of = "{count} tiles, {sha256:.16}".format(**tiles.fingerprint(contents=not rank))
             made_from = {"teachers": args.teachers, "recipe": recipe, "tiles": tiles_of, "crop": size, "grid": grid}
             files = {t: Path(args.weights_dir) / cli.MADE_HERE.format(t, *recipe.values()) for t in args.teachers}
-            files = () if rank else (files | find_weights(args.teachers, args.weights_dir, fetch=False)).items()
+            files = () if rank else (files | cli.find_weights(args.teachers, args.weights_dir, fetch=False)).items()
             made_from |= {f"weights of {t}": sha256(np.memmap(f, mode="r")).hexdigest() for t, f in files if f.exists()}
             outputs = cli.open_cache(args.cache, {} if rank else made_from, row, n)  # process 0 has compared it
             rows = np.argsort(data.epoch_order(0, 0, n))  # row k is sample k of the first epoch
@@ -212,9 +205,8 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
             dist.barrier()  # each process has made its share of the cache
         if args.cache and not rank:
             Path(args.cache, "complete").touch()
-    # Statistics of the targets: measured once, by process 0, then frozen
-    if not checkpoint and not rank:
-        n = args.stats_tiles or (64 if device.type == "cpu" and not set(args.teachers) <= set(OFFLINE) else 1024)
+    if not checkpoint and not rank:  # statistics of the targets: measured once, then frozen
+        n = args.stats_tiles or (64 if device.type == "cpu" and not set(args.teachers) <= set(cli.OFFLINE) else 1024)
         read = data.batches(tiles, range(n), min(n, args.batch_size), workers, label="target statistics")
         standardizers.measure(to_device(batch)[1] for batch in read)
     for buffer in standardizers.buffers() if world > 1 else ():
@@ -231,19 +223,20 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
             raise InputError(f"{out}/last.pt: its optimizer is of another run; put a whole copy there") from None
     model = torch.compile(Distiller(student)) if args.compile else Distiller(student)
     if world > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    def save(step: int) -> None:
+    def save(step: int) -> None:  # wherever it stops, last.pt is a whole checkpoint, the others are not older
         config = {"student": args.student, "arch": STUDENTS[args.student], "nested_dims": args.dims, "step": step}
         config |= {"steps": args.steps, "teachers": args.teachers, "teacher_recipe": recipe, "licences": licences}
-        if step:  # first, so that wherever it stops, last.pt is a whole checkpoint and student.pt not older
+        if step:
             save_atomically({"state_dict": vit.state_dict(), "config": config}, out / "student.pt")
+            words = {"parameters": millions(vit), "source": source, "dtype": dtype, "world": world}
+            save_atomically(CARD.format(**vars(args) | config | config["arch"] | words).encode(), out / "model_card.md")
         parts = {"student": student, "standardizers": standardizers, "optimizer": optimizer, "scaler": scaler}
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"step": step, "args": vars(args) | {"stop_at": None}, "tiles": fingerprint, "licences": licences}
         save_atomically(state, out / "last.pt")
 
-    # The loop
     log, ks = out / "log.jsonl", range(start * args.batch_size + rank, stop * args.batch_size, world)
     if not checkpoint and not rank:
         save(0)  # a run can be resumed from its first moment, with the same targets
@@ -263,13 +256,13 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
             optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
             optimizer.zero_grad()
             sums = 0.0  # (teachers + 1,): of each one's targets, and the loss
-            for micro in range(args.accumulate):  # gradients meet once a step, in its last pass
+            for micro in range(1, args.accumulate + 1):
                 images, outputs = to_device(next(loader))
                 targets = standardizers(outputs)  # float32
-                with model.no_sync() if world > 1 and micro < args.accumulate - 1 else contextlib.nullcontext():
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        loss, parts = model(images, targets)
-                    scaler.scale(loss / args.accumulate).backward()
+                model.require_backward_grad_sync = micro == args.accumulate  # gradients meet (DDP) in the last pass
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss, parts = model(images, targets)
+                scaler.scale(loss / args.accumulate).backward()
                 of_teachers = [y["summary"].sum() + y["patches"].sum() for y in targets.values()]
                 sums += torch.stack([*of_teachers, loss.detach()])
             scaler.unscale_(optimizer)
@@ -284,9 +277,8 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
                 dist.all_reduce(torch.from_numpy(came), dist.ReduceOp.MAX)
             if came[0] and (world == 1 or done % 10 == 0):
                 stop = done
-            # Log and save: only here the host waits for the device
             logs, saves = (done % every == 0 or done == stop for every in (args.log_every, args.save_every))
-            if not (logs or saves):
+            if not (logs or saves):  # only to log and to save the host waits for the device
                 continue
             if world > 1:
                 dist.all_reduce(sums)

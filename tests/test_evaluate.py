@@ -587,6 +587,26 @@ def test_runs_stand_side_by_side_as_they_stand_alone(tmp_path, run, cli, capsys,
     assert str(run) in table and str(other / "student.pt") in table
 
 
+def test_the_model_card_keeps_one_section_a_title_the_newest(tmp_path, run, cli, tissue):
+    other = tmp_path / "of ``` (.*)\n## Evaluation on tiles"
+    other.symlink_to(tissue)
+    cli(run, "--tasks", "knn")
+    assert not (run / "model_card.md").exists()  # a run of before the cards gets none
+    (run / "model_card.md").write_text("# Student\n\nwhat train.py wrote\n")
+    cli(run, "--tasks", "knn")
+    first = (run / "model_card.md").read_text()
+    for root in (tissue, other, other):
+        cli(run, "--tasks", "knn", "--data", root)
+    cli(run, "--tasks", "retrieval")
+    top, *sections = (run / "model_card.md").read_text().split("\n## Evaluation on ")
+    assert top == "# Student\n\nwhat train.py wrote\n" == first.split("\n## ")[0]
+    titles = [section.split("\n")[0] for section in sections]
+    assert titles == [str(tissue), repr(str(other))[1:-1], "synthetic tissue"]
+    assert "knn" in first and "retrieval" in sections[-1] and "knn" not in sections[-1]
+    for section in sections:
+        assert section.count("```text\n") == 1 and section.endswith("\n```\n") and str(run) in section
+
+
 def test_students_of_two_sizes_stand_side_by_side(tmp_path, run, cli, tissue):
     small = write_run(tmp_path / "small", nested=(8,), img_size=32)
     alone = {}

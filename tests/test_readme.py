@@ -237,3 +237,58 @@ def test_that_walk_finds_each_of_them(line):
     assert not unsafe_calls(
         "import torch; torch.load(f, weights_only=True); x = 'eval(1)'; importlib.import_module('a')"
     )
+
+
+SOURCES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.py"))}
+FUNCTIONS = [
+    (f"{file}:{node.name}", node, source.splitlines()[node.lineno - 1])
+    for file, source in SOURCES.items()
+    for node in ast.walk(ast.parse(source))
+    if isinstance(node, ast.FunctionDef | ast.ClassDef)
+]
+UNHINTED = {  # parameters without a hint; where a default shows the type, that is the hint
+    "evaluate.py:adaptive_retrieval": {"train_x", "train_y", "test_x", "test_y"},  # as all tasks have them, on one line
+    "losses.py:measure": {"batches"},  # any iterable, told in its docstring
+    "teachers.py:run_main": {"main"},  # the function to run, told in the comment beside it
+    "train.py:fill": {"teach"},  # a function, told in the comment beside it
+}
+
+
+def test_no_function_is_longer_than_a_screen():
+    long = {
+        name for name, node, _ in FUNCTIONS if node.end_lineno - node.lineno >= 60 and node.__class__ != ast.ClassDef
+    }
+    assert long == {"train.py:train"}  # the loop, told from top to bottom
+
+
+def test_every_function_says_what_it_takes_and_gives():
+    """A docstring, or for a short helper a comment on its def line; a forward is told by its class's docstring."""
+    bad = []
+    for name, node, line in FUNCTIONS:
+        if not ast.get_docstring(node) and not re.search(r":  # \S", line):
+            bad += [f"{name} has no docstring"] if node.name not in ("__init__", "__len__", "__getitem__", "forward",
+                                                                    "objective") else []  # fmt: skip
+        if isinstance(node, ast.ClassDef):
+            continue
+        given = [x for x in node.args.args + node.args.kwonlyargs if x.arg not in ("self", "cls")]
+        with_default = {x.arg for x in node.args.args[len(node.args.args) - len(node.args.defaults) :]} - {
+            x.arg
+            for x, value in zip(reversed(node.args.args), reversed(node.args.defaults))
+            if getattr(value, "value", 0) is None
+        }
+        bare = {x.arg for x in given if x.annotation is None} - with_default
+        if bare != UNHINTED.get(name, set()) or (node.returns is None and node.name != "__init__"):
+            bad.append(f"{name} has no hints for {bare or 'what it returns'}")
+    assert not bad, bad
+
+
+def test_nothing_stands_twice():
+    """No six lines in a row, imports and blank lines left out."""
+    seen, twice = {}, []
+    for file, source in SOURCES.items():
+        lines = [x.strip() for x in source.splitlines() if x.strip() and not re.match(r"\s*(import|from) ", x)]
+        for i in range(len(lines) - 5):
+            six = "\n".join(lines[i : i + 6])
+            twice += [f"{seen[six]} and {file}: {six}"] if six in seen else []
+            seen[six] = file
+    assert not twice, twice

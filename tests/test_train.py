@@ -1,5 +1,6 @@
 """The loop: resuming, processes, accumulation change nothing; bad input ends in one line; students load into timm."""
 
+import ast
 import collections
 import contextlib
 import dataclasses
@@ -31,8 +32,8 @@ import losses as losses_module
 import teachers
 import train
 from data import InputError, epoch_order
-from losses import Standardizers
-from student import STUDENTS, Student, VisionTransformer, load_student
+from losses import Standardizers, distillation_loss
+from student import CARD, STUDENTS, Student, VisionTransformer, load_student
 from teachers import TEACHERS, load_init
 
 TINY = ["--teacher-steps", "2", "--batch-size", "8", "--device", "cpu", "--dims", "4,16", "--stats-tiles", "16"]
@@ -224,6 +225,66 @@ def test_log_and_student_file(tmp_path, run, capsys):
     config = torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]
     assert config["nested_dims"] == [4, 16, 48] and set(config["teachers"]) == {"toy_cells", "toy_tissue"}
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_the_model_card_says_what_binds_and_its_snippet_runs_in_timm(tmp_path, weights_dir):
+    """Of a run over tiles begun from a file, both with names that could break a line, stopped and renewed."""
+    oracle("timm")
+    folder = tmp_path / "of\n## `tissue` {step}"
+    write_tiles(folder, 3)
+    init = tmp_path / "their```{lr}\n# x.pt"
+    torch.save({"state_dict": Student("toy", {}, []).backbone.state_dict()}, init)
+    flags = [*TINY, "--steps", 4, "--save-every", 2, "--data", folder, "--init", init, "--weights-dir", weights_dir]
+    launch(*flags, "--stop-at", 2, "--out", tmp_path / "run")
+    card = (tmp_path / "run" / "model_card.md").read_text()
+    licence = TEACHERS["toy_cells"].licence
+    assert card.startswith("# Student toy, step 2 of 4, 0.154 M parameters, width 48\n")
+    assert "for m of [4, 16, 48]" in card and f"'toy_cells': '{licence}', 'toy_tissue': '{licence}'" in card
+    assert repr(f"3 tiles of {folder}") in card and repr(init.name) in card and "ask where the file comes from" in card
+    assert "batch 8, lr 0.005, standardize phi-s, torch.float32, seed 0, 1 process(es)" in card
+    assert card.count("\n#") == 0 and card.count("```") == 2 + 1  # the names open no section and no fence
+    (tmp_path / "run" / "model_card.md").write_text(card + "\n## Evaluation on tiles\n")
+    launch("--resume", tmp_path / "run", "--weights-dir", weights_dir)
+    renewed = (tmp_path / "run" / "model_card.md").read_text()
+    assert renewed == card.replace("step 2 of 4", "step 4 of 4")  # an evaluation of the student of step 2 is gone
+    [snippet] = re.findall(r"```python\n(.*?)```", renewed, re.DOTALL)
+    student, _ = load_student(tmp_path / "run")
+    images = torch.rand(2, 3, 64, 64)
+    torch.save((images - student.mean) / student.std, tmp_path / "images.pt")
+    script = f"import torch\nimages = torch.load('../images.pt')\n{snippet}\ntorch.save(z, '../z.pt')"
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path / "run", check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "z.pt"), student(images)["summary"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_demos_card_has_its_table(tmp_path, run):
+    run(*TINY, "--steps", 2, "--out", tmp_path / "run")
+    [_, section] = (tmp_path / "run" / "model_card.md").read_text().split("\n## Evaluation on ")
+    table = r"synthetic tissue\n```text\ncells, %, 32 tiles .*\nstudent +0.154 M +48 .*\n```\n"
+    assert re.fullmatch(table, section, re.DOTALL)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_cards_settings_make_every_student_in_timm(name):
+    card = CARD.format_map(collections.defaultdict(str, STUDENTS[name], parameters=1.0))
+    [call] = [node for node in ast.walk(ast.parse(card.split("```")[1][6:])) if getattr(node, "keywords", None)]
+    settings = {x.arg: ast.literal_eval(x.value) for x in call.keywords if x.arg != "checkpoint_path"}
+    model = oracle("timm").create_model(call.args[0].value, **settings)
+    model.load_state_dict(VisionTransformer(**STUDENTS[name]).state_dict(), strict=True)
+
+
+def test_a_loss_that_samples_its_dims_is_logged(tmp_path, run, monkeypatch):
+    """An exercise of the README's kind: parts of some dims alone, others at each step."""
+    steps = iter([[4, 48], [16], [16, 48]])
+
+    def sampled(student, tokens, targets):
+        dims = next(steps)
+        losses, parts = zip(*[distillation_loss(student.adapt(tokens, m), targets) for m in dims])
+        return sum(losses), dict(zip(dims, parts))
+
+    monkeypatch.setattr(losses_module, "nested_loss", sampled)
+    run(*TINY, "--steps", 3, "--log-every", 1, "--out", tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [set(line["terms"]["toy_cells/patch_cos"]) for line in lines] == [{"4", "48"}, {"16"}, {"16", "48"}]
 
 
 def test_a_finished_run_says_so(tmp_path, run, capsys):
