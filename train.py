@@ -230,7 +230,8 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
         config |= {"steps": args.steps, "teachers": args.teachers, "teacher_recipe": recipe, "licences": licences}
         if step:
             save_atomically({"state_dict": vit.state_dict(), "config": config}, out / "student.pt")
-            words = {"parameters": millions(vit), "source": source, "dtype": dtype, "world": world}
+            listed = "".join(f"\n  - {repr(name)[1:-1]}: {text}" for name, text in licences.items())
+            words = {"size": millions(vit), "source": source, "dtype": dtype, "world": world, "licences": listed}
             save_atomically(CARD.format(**vars(args) | config | config["arch"] | words).encode(), out / "model_card.md")
         parts = {"student": student, "standardizers": standardizers, "optimizer": optimizer, "scaler": scaler}
         state = {name: part.state_dict() for name, part in parts.items()}

@@ -238,9 +238,13 @@ def test_the_model_card_says_what_binds_and_its_snippet_runs_in_timm(tmp_path, w
     launch(*flags, "--stop-at", 2, "--out", tmp_path / "run")
     card = (tmp_path / "run" / "model_card.md").read_text()
     licence = TEACHERS["toy_cells"].licence
-    assert card.startswith("# Student toy, step 2 of 4, 0.154 M parameters, width 48\n")
-    assert "for m of [4, 16, 48]" in card and f"'toy_cells': '{licence}', 'toy_tissue': '{licence}'" in card
-    assert repr(f"3 tiles of {folder}") in card and repr(init.name) in card and "ask where the file comes from" in card
+    assert card.startswith("# Student toy: 0.154 M parameters, width 48, step 2 of 4; renewed at each save\n")
+    assert "for m of [4, 16, 48]" in card and f"\n  - toy_cells: {licence}\n  - toy_tissue: {licence}\n" in card
+    assert (
+        repr(f"3 tiles of {folder}") in card
+        and repr(init.name)[1:-1] in card
+        and "ask where the file comes from" in card
+    )
     assert "batch 8, lr 0.005, standardize phi-s, torch.float32, seed 0, 1 process(es)" in card
     assert card.count("\n#") == 0 and card.count("```") == 2 + 1  # the names open no section and no fence
     (tmp_path / "run" / "model_card.md").write_text(card + "\n## Evaluation on tiles\n")
@@ -265,7 +269,7 @@ def test_the_demos_card_has_its_table(tmp_path, run):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_the_cards_settings_make_every_student_in_timm(name):
-    card = CARD.format_map(collections.defaultdict(str, STUDENTS[name], parameters=1.0))
+    card = CARD.format_map(collections.defaultdict(str, STUDENTS[name], size=1.0))
     [call] = [node for node in ast.walk(ast.parse(card.split("```")[1][6:])) if getattr(node, "keywords", None)]
     settings = {x.arg: ast.literal_eval(x.value) for x in call.keywords if x.arg != "checkpoint_path"}
     model = oracle("timm").create_model(call.args[0].value, **settings)
