@@ -69,6 +69,14 @@ HF = {  # class of transformers, (hidden_size, num_hidden_layers, num_attention_
 }
 
 
+def bare(build, *arguments, **keywords) -> torch.nn.Module:
+    """build(...) without the initial weights, which take most of its time: for who sets every one of them."""
+    with torch.device("meta"):
+        model = build(*arguments, **keywords)
+    assert not [*model.buffers()]
+    return model.to_empty(device="cpu")
+
+
 def timm_model(name: str, size: int = 224, depth: int | None = None) -> torch.nn.Module:
     timm = oracle("timm")
     model, arguments = TIMM[name]
@@ -119,7 +127,7 @@ def reference(name: str, layout: str, folder, depth: int = 2):
     layout: timm; hf; hf-518 (37 x 37 positions); dinov2 (the repo's names, 37 x 37); dinov2-swiglu (w12, w3); chunked.
     """
     if layout.startswith("hf"):
-        model = randomise(hf_model(name, 518 if layout == "hf-518" else 224, depth))
+        model = randomise(bare(hf_model, name, 518 if layout == "hf-518" else 224, depth))
         prefix = 1 + getattr(model.config, "num_register_tokens", 0)
 
         def forward(x):
@@ -129,9 +137,9 @@ def reference(name: str, layout: str, folder, depth: int = 2):
         return hf_file(model, folder), forward
 
     timm = oracle("timm")
-    model = timm_model(name, depth=depth)
+    model = bare(timm_model, name, depth=depth)
     published = 518 if name in ("kaiko_l14", "dinov2_s", "dinov2_b", "dinov2_l") else 224
-    state = randomise(timm_model(name, published, depth), seed=len(name)).state_dict()
+    state = randomise(bare(timm_model, name, published, depth), seed=len(name)).state_dict()
     if layout == "dinov2":
         state = dinov2_file(state, "reg_token" in state)
     if layout == "dinov2-swiglu":

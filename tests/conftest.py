@@ -1,8 +1,9 @@
-"""Shared by all tests: the repo on the path, a missing oracle that says so, tiny teachers, tiny folders of tiles."""
+"""Shared by all tests: two processes, the repo on the path, a missing oracle that says so, tiny teachers, tiny tiles."""
 
 import importlib
 import io
 import os
+import signal
 import sys
 import tarfile
 from pathlib import Path
@@ -15,6 +16,30 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite, where pytest-xdist is installed: two processes, a file at a time. Not with a path, -k or -m, nor
+    with what asks for one process: -n 0, -s, --pdb, -p no:xdist."""
+    option, has = config.option, config.pluginmanager.hasplugin
+    if not has("xdist") or hasattr(config, "workerinput") or option.numprocesses is not None or option.tx:
+        return
+    some = option.file_or_dir or option.keyword or option.markexpr or option.collectonly
+    if not some and option.capture != "no" and not option.usepdb and not option.trace and (os.cpu_count() or 1) > 1:
+        option.numprocesses, option.dist, option.loadscopereorder = 2, "loadfile", False
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # which each of the two reads when it starts
+
+
+def pytest_configure():
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; what it starts inherits that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # the longest files first, so that both processes end at about the same time
+        longest = ["test_readme.py", "test_train.py", "test_teachers.py", "test_stops.py"]
+        items.sort(key=lambda item: (*longest, item.path.name).index(item.path.name))
 
 
 def oracle(name: str):

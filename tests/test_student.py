@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cards import bare
 from conftest import oracle, randomise
 
 from student import STUDENTS, InputError, Student, VisionTransformer, load_published, load_student
@@ -49,8 +50,7 @@ def timm_twin(arch: dict) -> torch.nn.Module:
 @pytest.mark.parametrize("name", ARCHS)
 def test_equal_to_timm_at_full_width_and_reduced_depth(name):
     arch = {**ARCHS[name], "depth": 2}
-    ours = randomise(VisionTransformer(**arch))
-    twin = timm_twin(arch)
+    ours, twin = randomise(bare(VisionTransformer, **arch)), bare(timm_twin, arch)
     twin.load_state_dict(ours.state_dict(), strict=True)  # the same names and shapes, both ways
     x = torch.randn(2, 3, arch["img_size"], arch["img_size"], generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_equal_to_timm_at_full_width_and_reduced_depth(name):
 def test_a_swapped_gate_or_position_would_show():
     """Negative control: the comparison above fails when SwiGLU's halves or the position rows are misread."""
     arch = {**ARCHS["virchow"], "depth": 1}
-    ours, twin = randomise(VisionTransformer(**arch)), timm_twin(arch)
+    ours, twin = randomise(bare(VisionTransformer, **arch)), bare(timm_twin, arch)
     state = ours.state_dict()
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

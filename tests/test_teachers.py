@@ -136,7 +136,7 @@ def test_same_tensors_as_the_reference_at_full_depth(name, tmp_path):
         assert shapes == {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
     if name in cards.HF:
         # The published names, as save_pretrained writes them for one layer, then for all layers without data
-        state = cards.hf_file(cards.hf_model(name, depth=1), tmp_path)
+        state = cards.hf_file(cards.bare(cards.hf_model, name, depth=1), tmp_path)
         state = {
             key.replace(".layer.0.", f".layer.{i}."): value.to("meta")
             for key, value in state.items()
