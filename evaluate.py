@@ -241,7 +241,7 @@ def draw_curves(rows: list[dict], log: Path, file: Path) -> None:
         for term, dim in ((term, dim) for term, values in line["terms"].items() for dim in values if "cos" in term):
             panels["cosine to the teacher"][f"{term}, {dim} channels"][line["step"]] = line["terms"][term][dim]
     figure, dims = Figure(figsize=(5 * len(panels), 4), layout="constrained"), sorted({row["dim"] for row in rows})
-    scale = {"xlabel": "channels", "xscale": "log", "xticks": dims, "xticklabels": dims}
+    scale = {"xlabel": "channels", "xscale": "symlog", "xticks": dims, "xticklabels": dims}
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for label, points in lines.items():  # a teacher is not cut: a level line
             xs, style = (list(points), ".-") if len(points) > 1 else ([dims[0], dims[-1]], "--")

@@ -2,8 +2,8 @@
 
     y_t     = standardise(tokens of teacher t)                Standardizer: measured once, before training, then frozen
     h_{t,m} = the adaptor head of teacher t at dim m          student.adapt, one for the summary and one for the patches
-    L_{t,m} =       cos(h_{t,m}(z_summary[:m]), y_summary)    distillation_loss; cos(a, b) = 1 - cosine similarity
-            + 0.9 * cos(h_{t,m}(z_patch[:m]),   y_patch)
+    L_{t,m} =       1 - cos(h_{t,m}(z_summary[:m]), y_summary)    distillation_loss; cos is the cosine similarity
+            + 0.9 * (1 - cos(h_{t,m}(z_patch[:m]),  y_patch))
             + 0.1 * smooth_l1(h_{t,m}(z_patch[:m]), y_patch)
     L       = sum over teachers t and nested dims m of w_m * L_{t,m},   w_m = 1    nested_loss, which train.py minimises
 Losses are float32 under any autocast. Sources: RADIO (arXiv 2312.06709) for the token losses, PHI-S (2410.01680), and
@@ -43,7 +43,7 @@ class Standardizer(nn.Module):
         hadamard(dim if mode == "phi-s" else 1)  # refuses a width that has none before anything slow starts
         self.mean, self.rotation, self.scale = map(nn.Buffer, (torch.zeros(dim), torch.eye(dim), torch.ones(dim)))
 
-    def set(self, mean: Tensor, covariance: Tensor, name: str = "teacher") -> "Standardizer":
+    def set(self, mean: Tensor, covariance: Tensor, name: str = "teacher") -> None:
         """Derive the buffers from mean (D,) and covariance (D, D), both float64. InputError: a constant teacher."""
         variances = covariance.diagonal()
         if not torch.isfinite(covariance).all() or variances.mean() <= 0:
@@ -56,7 +56,6 @@ class Standardizer(nn.Module):
         elif self.mode == "channel":
             self.scale.copy_(variances.sqrt().clamp(min=1e-6 * rms).float())  # a dead channel is not blown up
         self.mean.copy_(mean.float() * (self.mode != "none"))
-        return self
 
     def forward(self, y: Tensor) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):

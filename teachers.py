@@ -128,9 +128,9 @@ class Teacher(nn.Module):
         return torch.cat([summary, patches.mean(1)] if self.spec.patch_mean else [summary], -1)
 
 
-def check_names(names: list[str]) -> None:  # InputError: one is unknown, or there are none
+def check_names(names: list[str], flag: str = "--teachers") -> None:  # InputError: one is unknown, or there are none
     if unknown := [name for name in names or [""] if name not in TEACHERS]:
-        raise InputError(f"--teachers: no teacher is called '{unknown[0]}'; choose from {', '.join(TEACHERS)}")
+        raise InputError(f"{flag}: no teacher is called '{unknown[0]}'; choose from {', '.join(TEACHERS)}")
 
 
 def load_init(vit: VisionTransformer, init: str, weights_dir: str | Path = "weights") -> dict[str, str]:
@@ -259,11 +259,11 @@ def run_main(main) -> None:  # what a user can put right ends a script with one 
         if torch.distributed.is_initialized():  # only here, when the DDP module is gone: freeing it later can hang
             torch.distributed.destroy_process_group()
     except (InputError, OSError) as error:
-        code, text = 2, f"{error}{'' if isinstance(error, InputError) else '; mend that, or choose another place'}"
+        code, text = 2, f"{error}{'' if isinstance(error, InputError) else '; put it right, or choose another place'}"
     except (MemoryError, RuntimeError) as error:
         code, text = 1, "another process was lost, its own messages say why; go on with --resume"
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            code, text = 2, "out of memory; lower --batch-size, raise --accumulate (same result) or take fewer --dims"
+            code, text = 2, "out of memory; anew, lower --batch-size, raise --accumulate (same result) or fewer --dims"
         elif not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
     except KeyboardInterrupt:
@@ -279,7 +279,7 @@ def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.devi
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
         torch.empty(0, device=device if device.type in ("cpu", "cuda", "mps") else "refused")
     except (RuntimeError, AssertionError):
-        raise InputError(f"--device: {name} is not to be had on this machine; use cpu, cuda or mps") from None
+        raise InputError(f"--device: {name} is not available on this machine; use cpu, cuda or mps") from None
     if precision == "fp16" and device.type != "cuda":
         raise InputError(f"--precision fp16 needs CUDA; use fp32 or bf16 on {device.type}")
     if precision == "auto" and device.type == "cuda":  # T4 and V100 only emulate bf16, slowly
@@ -306,7 +306,7 @@ def main() -> None:  # the command line
             line = f"{name:12}{millions(vit):9.3f} M  width {vit.width:4}  grid {vit.grid:2}  tile {spec.tile:14}"
             print(f"{line}  mean {mean}  std {std}  access {spec.gate}\n{'':14}{where}; licence {spec.licence}")
         return
-    check_names([args.name])
+    check_names([args.name], "NAME")
     device, dtype = choose_device(args.device, args.precision)
     if not args.tile or (image := open_tile(args.tile)) is None:
         raise InputError(f"TILE: {args.tile or 'none'} is no image that can be read; give a png, jpg, tif, bmp or webp")

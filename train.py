@@ -4,7 +4,7 @@
     python train.py --teachers uni,virchow --data tiles/  published teachers; says how to get missing weights
     python train.py --resume runs/demo                    go on where a run stopped
 A run folder holds last.pt (all that a resume needs), student.pt (loads into timm), model_card.md, log.jsonl. Optimiser,
-schedule, sizes are our choice, not checked against the paper's method section; vit_b and vit_s were not trained out."""
+schedule, sizes are our choice, not checked against the paper's method section; no vit_b or vit_s has been trained."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # checked,
     add("--teachers", type=cli.name_list, help=f"comma-separated, of {', '.join(cli.TEACHERS)} (default: {offline})")
     add("--student", choices=STUDENTS, help="(default: toy with offline teachers alone, otherwise vit_b)")
     add("--dims", type=cli.dim_list, help=f"nested dims; the student's width is always one ({of['dims']})")
-    add("--data", type=cli.path, nargs="+", help="folders of tiles (png, jpg, ...), or tar shards of them (or: drawn)")
+    add("--data", type=cli.path, nargs="+", help="folders of tiles (png, jpg, ...), or tar shards (or: drawn tissue)")
     add("--steps", type=cli.positive, help=f"optimiser steps; fixes the schedule ({of['steps']})")
     add("--stop-at", type=cli.positive, help="stop after this step with a checkpoint; --steps still fixes the schedule")
     add("--batch-size", type=cli.batch, help=f"tiles in a step, over all processes ({of['batch_size']})")
@@ -145,6 +145,7 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
         licences = cli.load_init(vit, args.init, args.weights_dir)
         say(f"begun from {args.init}; licence " + "; ".join(f"{name}: {text}" for name, text in licences.items()))
     standardizers = Standardizers(teacher_dims, args.standardize).to(device)
+    # The tiles, the run's folder, the teachers
     if rank:
         dist.barrier()  # process 0 goes first: it makes or fetches what the others then find
     seed = 0 if args.cache else args.seed  # a cache holds one view a tile, the same for every run
@@ -231,13 +232,14 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
         if step:
             save_atomically({"state_dict": vit.state_dict(), "config": config}, out / "student.pt")
             listed = "".join(f"\n  - {repr(name)[1:-1]}: {text}" for name, text in licences.items())
-            words = {"size": millions(vit), "source": source, "dtype": dtype, "world": world, "licences": listed}
+            words = {"size": millions(vit), "source": source, "dtype": dtype, "licences": listed}
             save_atomically(CARD.format(**vars(args) | config | config["arch"] | words).encode(), out / "model_card.md")
         parts = {"student": student, "standardizers": standardizers, "optimizer": optimizer, "scaler": scaler}
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"step": step, "args": vars(args) | {"stop_at": None}, "tiles": fingerprint, "licences": licences}
         save_atomically(state, out / "last.pt")
 
+    # The loop
     log, ks = out / "log.jsonl", range(start * args.batch_size + rank, stop * args.batch_size, world)
     if not checkpoint and not rank:
         save(0)  # a run can be resumed from its first moment, with the same targets

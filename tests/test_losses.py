@@ -132,7 +132,8 @@ def correlated(n, D, seed=0):
 def test_standardizer_against_numpy(mode, D):
     y = correlated(4000, D)
     mean, covariance = y.mean(0), np.cov(y.T, bias=True)
-    ours = Standardizer(D, mode).set(torch.from_numpy(mean), torch.from_numpy(covariance))
+    ours = Standardizer(D, mode)
+    ours.set(torch.from_numpy(mean), torch.from_numpy(covariance))
     got = ours(torch.from_numpy(y)).double().numpy()
     if mode == "phi-s":
         eigenvalues, U = (part.numpy() for part in torch.linalg.eigh(torch.from_numpy(covariance)))
@@ -166,7 +167,8 @@ def test_measure_sums_moments_over_batches_and_keeps_summary_and_patches_apart()
 
 
 def test_standardizer_is_float32_under_autocast_and_frozen():
-    standardizer = Standardizer(48).set(torch.zeros(48).double(), torch.eye(48).double() * 4)
+    standardizer = Standardizer(48)
+    standardizer.set(torch.zeros(48).double(), torch.eye(48).double() * 4)
     y = torch.randn(5, 48)
     with torch.autocast("cpu", torch.bfloat16):
         got = standardizer(y)

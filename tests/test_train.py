@@ -249,14 +249,14 @@ def test_the_model_card_says_what_binds_and_its_snippet_runs_in_timm(tmp_path, w
     launch(*flags, "--stop-at", 2, "--out", tmp_path / "run")
     card = (tmp_path / "run" / "model_card.md").read_text()
     licence = TEACHERS["toy_cells"].licence
-    assert card.startswith("# Student toy: 0.154 M parameters, width 48, step 2 of 4; renewed at each save\n")
-    assert "for m of [4, 16, 48]" in card and f"\n  - toy_cells: {licence}\n  - toy_tissue: {licence}\n" in card
+    assert card.startswith("# Student toy: 0.154 M parameters, nested dims m of [4, 16, 48], step 2 of 4\n")
+    assert f"\n  - toy_cells: {licence}\n  - toy_tissue: {licence}\n" in card
     assert (
         repr(f"3 tiles of {folder}") in card
         and repr(init.name)[1:-1] in card
         and "ask where the file comes from" in card
     )
-    assert "batch 8, lr 0.005, standardize phi-s, torch.float32, seed 0, 1 process(es)" in card
+    assert "batch 8, lr 0.005, standardize phi-s, torch.float32, seed 0. Saves renew this card" in card
     assert card.count("\n#") == 0 and card.count("```") == 2 + 1  # the names open no section and no fence
     (tmp_path / "run" / "model_card.md").write_text(card + "\n## Evaluation on tiles\n")
     launch("--resume", tmp_path / "run", "--weights-dir", weights_dir)
@@ -266,7 +266,7 @@ def test_the_model_card_says_what_binds_and_its_snippet_runs_in_timm(tmp_path, w
     student, _ = load_student(tmp_path / "run")
     images = torch.rand(2, 3, 64, 64)
     torch.save((images - student.mean) / student.std, tmp_path / "images.pt")
-    script = f"import torch\nimages = torch.load('../images.pt')\n{snippet}\ntorch.save(z, '../z.pt')"
+    script = f"import torch\nm = 48; images = torch.load('../images.pt')\n{snippet}\ntorch.save(z, '../z.pt')"
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path / "run", check=True)
     torch.testing.assert_close(torch.load(tmp_path / "z.pt"), student(images)["summary"], rtol=1e-4, atol=1e-5)
 
@@ -846,7 +846,7 @@ def test_out_of_memory_names_the_flags_to_lower(monkeypatch, capsys, error):
     with pytest.raises(RuntimeError if ours else SystemExit) as stop:
         teachers.run_main(main)
     line = capsys.readouterr().err
-    assert ours or (stop.value.code == 2 and line.startswith("train.py: out of memory; lower --batch-size"))
+    assert ours or (stop.value.code == 2 and line.startswith("train.py: out of memory; anew, lower --batch-size"))
     assert line.count("\n") == (not ours) and (ours or "--accumulate" in line)
 
 
