@@ -77,7 +77,7 @@ def count_operations() -> tuple[float, float]:
         teachers = [VisionTransformer(**TEACHERS[name].arch) for name in NAMES]
         dims = {name: vit.width for name, vit in zip(NAMES, teachers)}
         model, image = train.Distiller(Student("vit_b", dims, DIMS)), torch.empty(1, 3, 224, 224)
-        n = model[0].backbone.grid**2
+        n = model[0].backbone.grid ** 2
         targets = {name: {"summary": torch.empty(1, D), "patches": torch.empty(1, n, D)} for name, D in dims.items()}
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         for vit in teachers:

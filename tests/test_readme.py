@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import cards
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from conftest import ROOT, oracle, randomise, write_tiles
 from PIL import Image
 
-from student import IMAGENET, STUDENTS, Student
+from student import IMAGENET, STUDENTS, Student, millions
 from teachers import TEACHERS
+from train import DEFAULTS, parse_args
 
 README = (ROOT / "README.md").read_text()
 TINY = "--steps 4 --teacher-steps 2 --batch-size 4 --device cpu --stats-tiles 8"
@@ -72,25 +74,110 @@ def test_all_commands_in_order(copy):
             assert result.returncode != 0 and lines and "paige-ai/Virchow" in lines[0], result.stderr
         else:
             assert result.returncode == 0, f"{script}: {result.stderr}"
+        if script == "python train.py":  # what the README shows of it, and no budget changes
+            shown = [
+                line for line in blocks("text")[0].splitlines() if re.match(r"student toy: |teacher toy_\w+: ", line)
+            ]
+            assert len(shown) == 3 and set(shown) <= set(result.stdout.splitlines())
         seen.append(script.split()[1])
     assert seen.count("evaluate.py") >= 2 and seen.count("train.py") >= 3
     assert (copy / "runs/demo/student.pt").exists() and (copy / "runs/demo/results.json").exists()
 
 
-def test_snippets(copy):
+def inline_commands():
+    """Commands within the README's sentences and tables."""
+    return re.findall(r"(?<!`)`((?:python|torchrun) [^`\n]+)`(?!`)", README)
+
+
+def test_inline_commands_name_what_there_is():
+    """Each names a script of the repo and flags of it; those that train are read as train.py reads them."""
+    seen, flags = set(), {}
+    for command in (span for span in inline_commands() if re.match(r"python \S+\.py", span)):
+        _, script, *words = shlex.split(command)
+        assert (ROOT / script).exists(), command
+        if script == "train.py" and "..." not in command and "--help" not in words and "RUN" not in words:
+            parse_args(words)
+        elif given := [word for word in words if word.startswith("--")]:
+            if script not in flags:
+                flags[script] = run(f"python {script} --help", ROOT).stdout
+            assert all(flag in flags[script] for flag in given), command
+        seen.add(command)
+    assert len(seen) > 8 and any("virchow2,uni2_h,h_optimus_1" in command for command in seen)
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 250
+    exercises = (ROOT / "EXERCISES.md").read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README + exercises):
+        assert (ROOT / target).exists(), target
+    for name in set(re.findall(r"`((?:tests/)?[\w-]+\.(?:py|md|yaml|txt))`", README + exercises)):
+        made = {"model_card.md", "unreadable.txt", "cuts.py"}  # by a run, or by the reader
+        assert name in made or (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
+
+
+def test_the_figure_shows_the_codes_own_shapes():
+    """figures/method.svg is well-formed, has light and dark colours, and its numbers are those of the code."""
+    root = ElementTree.parse(ROOT / "figures/method.svg").getroot()
+    words = " | ".join("".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert "prefers-color-scheme: dark" in (ROOT / "figures/method.svg").read_text()
+    three = {"virchow2": "Virchow2", "uni2_h": "UNI2-h", "h_optimus_1": "H-optimus-1"}
+    for name, label in three.items():
+        assert f"{label} | {cards.COUNTS[name][1] / 1e6:.0f} M" in words
+    assert "D_t = " + ", ".join(str(TEACHERS[name].arch["width"]) for name in three) in words
+    vit = Student("vit_b", {}, []).backbone
+    n, tokens = vit.grid**2, 1 + vit.registers + vit.grid**2
+    assert f"ViT-B/14 | {millions(vit):.1f} M" in words and f"{vit.registers} registers" in words
+    assert f"{n} patches ({vit.grid} x {vit.grid})" in words and f"(B, {tokens}, {vit.width})" in words
+    assert (
+        f"(B, 3, {vit.img_size}, {vit.img_size})" in words and f"z: (B, {vit.width}) and (B, {n}, {vit.width})" in words
+    )
+    dims = DEFAULTS["vit_b"]["dims"]
+    assert re.findall(r"z\[:(\d+)\]", words) == re.findall(r"h\(t, (\d+)\)", words) == [str(m) for m in dims]
+
+
+def snippet(word):
+    [found] = [text for text in blocks("python") if word in text]
+    return found
+
+
+def python(text, folder):
+    return subprocess.run([sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_student_from_python(copy):
+    path = copy / "runs/demo/student.pt"
+    if not path.exists():  # this test alone
+        path.parent.mkdir(parents=True)
+        config = {"student": "toy", "arch": STUDENTS["toy"], "nested_dims": [48], "step": 1, "steps": 1, "teachers": []}
+        torch.save({"state_dict": Student("toy", {}, []).backbone.state_dict(), "config": config}, path)
+    code = snippet("load_student")
+    assert len([line for line in code.splitlines() if line]) == 4  # as it says
+    result = python(code + "\nassert embedding.shape == (1, 16) and not embedding.requires_grad", copy)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_student_in_timm(copy):
     oracle("timm")
-    config = {"arch": STUDENTS["vit_b"], "nested_dims": [96, 768], "teachers": {}, "teacher_recipe": {}}
     path = copy / "runs/uni-virchow-vit_b/student.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": Student("vit_b", {}, [96]).backbone.state_dict(), "config": config}, path)
-    snippets = blocks("python")
-    assert snippets
-    for snippet in snippets:
-        check = "\nimport torch\nassert model(torch.zeros(1, 3, 224, 224)).shape == (1, 768)\n"
-        result = subprocess.run(
-            [sys.executable, "-c", snippet + check], cwd=copy, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stderr
+    torch.manual_seed(0)
+    student = Student("vit_b", {}, []).eval()
+    torch.save({"state_dict": student.backbone.state_dict(), "config": {}}, path)
+    image = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.save((image, student(image)["summary"]), copy / "expected.pt")
+    check = f"""
+import torch
+image, expected = torch.load("expected.pt", weights_only=True)
+mean, std = (torch.tensor(values).view(3, 1, 1) for values in {IMAGENET})
+torch.testing.assert_close(model((image - mean) / std).detach(), expected, rtol=1e-4, atol=1e-4)
+"""
+    result = python(snippet("import timm") + check, copy)
+    assert result.returncode == 0, result.stderr
+    toys = re.search(r"with `(img_size=64, .*?)`", README)[1]
+    config = {"student": "toy", **{key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", toys)}}
+    arch = STUDENTS[config["student"]]
+    assert (config["embed_dim"], config["depth"], config["num_heads"]) == (arch["width"], arch["depth"], arch["heads"])
 
 
 def test_a_teacher_of_ones_own(copy):
@@ -101,14 +188,15 @@ def test_a_teacher_of_ones_own(copy):
     source = (copy / "teachers.py").read_text()
     assert source.count("\nTEACHERS = {\n") == 1
     (copy / "teachers.py").write_text(source.replace("\nTEACHERS = {\n", "\nTEACHERS = {\n" + entry))
-    twin = randomise(timm.create_model("vit_small_patch16_224"))
+    [name] = re.findall(r"# as timm's (\S+)", entry)
+    twin = randomise(timm.create_model(name))
+    mean, std = (torch.tensor(twin.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     (copy / "weights").mkdir(exist_ok=True)
     torch.save(twin.state_dict(), copy / "weights" / "mine.pth")
     tile = write_tiles(copy / "own", 2, (224, 224))[0]
     result = run(f"python teachers.py mine {tile} --device cpu", copy)
     assert result.returncode == 0, result.stderr
     pixels = torch.from_numpy(np.array(Image.open(tile))).permute(2, 0, 1)[None] / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
     with torch.no_grad():
         cls = twin.forward_features((pixels - mean) / std)[0, 0]
     norm, *first = re.search(r"embedding \(1, 384\), L2 norm (\S+), in .* begins (\S+) (\S+)", result.stdout).groups()
