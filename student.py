@@ -26,16 +26,6 @@ P14, REG4 = {"img_size": 224, "patch_size": 14}, {"registers": 4, "pos_on_prefix
 VIT_S, VIT_B = ({"width": D, "depth": 12, "heads": D // 64, "mlp_width": 4 * D} for D in (384, 768))
 TOY = {"img_size": 64, "patch_size": 8, "width": 48, "depth": 5, "heads": 3, "mlp_width": 192, **REG4, "registers": 1}
 STUDENTS = {"vit_b": P14 | VIT_B | REG4, "vit_s": P14 | VIT_S | REG4, "toy": TOY}  # 85.7 M, 21.6 M, 0.154 M parameters
-CARD = """# Student {student}: {size:.3f} M parameters, nested dims m of {nested_dims}, step {step} of {steps}
-```python
-import timm
-model = timm.create_model("vit_base_patch14_reg4_dinov2", num_classes=0, checkpoint_path="student.pt", depth={depth},
-    img_size={img_size}, patch_size={patch_size}, embed_dim={width}, num_heads={heads}, reg_tokens={registers}).eval()
-z = model(images)[:, :m]  # of RGB images (B, 3, {img_size}, {img_size}) in [0, 1], less ImageNet's mean, over its std
-```
-- Data: {source!r}; batch {batch_size}, lr {lr}, standardize {standardize}, {dtype}, seed {seed}. Saves renew this card
-- Made from the outputs of teachers (or begun from one), with licences that may bind it: {licences}
-"""  # model_card.md: filled from a run's arguments, from the config in its student.pt, and by train.py
 
 
 class InputError(ValueError):

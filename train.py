@@ -26,13 +26,23 @@ import data
 import evaluate
 import teachers as cli
 from losses import Distiller, Standardizers
-from student import CARD, STUDENTS, InputError, Student, load_strictly, millions, read_weights, save_atomically
+from student import STUDENTS, InputError, Student, load_strictly, millions, read_weights, save_atomically
 
 VIT = {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "save_every": 1000}
 DEFAULTS = {"toy": {"dims": [2, 4, 8, 16, 48], "steps": 2000, "batch_size": 32, "lr": 5e-3, "save_every": 250}}
 DEFAULTS |= {"vit_s": {"dims": [24, 48, 96, 192, 384], **VIT}, "vit_b": {"dims": [48, 96, 192, 384, 768], **VIT}}
 BETAS, CLIP, WARMUP = (0.9, 0.95), 1.0, 0.04  # warmup: share of the steps
 WHOLE = {"args", "step", "student", "standardizers", "optimizer", "scaler", "tiles"}  # what a checkpoint holds
+CARD = """# Student {student}: {size:.3f} M parameters, nested dims m of {nested_dims}, step {step} of {steps}
+```python
+import timm
+model = timm.create_model("vit_base_patch14_reg4_dinov2", num_classes=0, checkpoint_path="student.pt", depth={depth},
+    img_size={img_size}, patch_size={patch_size}, embed_dim={width}, num_heads={heads}, reg_tokens={registers}).eval()
+z = model(images)[:, :m]  # of RGB images (B, 3, {img_size}, {img_size}) in [0, 1], less ImageNet's mean, over its std
+```
+- Data: {source!r}; batch {batch_size}, lr {lr}, standardize {standardize}, {dtype}, seed {seed}. Saves renew this card
+- Made from the outputs of teachers (or begun from one), with licences that may bind it: {licences}
+"""  # model_card.md: filled from a run's arguments and the config in its student.pt
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:  # checked, with the defaults of its student
@@ -262,7 +272,7 @@ def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a 
             for micro in range(1, args.accumulate + 1):
                 images, outputs = to_device(next(loader))
                 targets = standardizers(outputs)  # float32
-                model.require_backward_grad_sync = micro == args.accumulate  # gradients meet (DDP) in the last pass
+                model.require_backward_grad_sync = micro == args.accumulate  # DDP: gradients meet in the last pass
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss, parts = model(images, targets)
                 scaler.scale(loss / args.accumulate).backward()

@@ -71,12 +71,13 @@ def matmul_rate(device: torch.device, size: int) -> float:
     return statistics.median(rates[10:])
 
 
-def count_operations() -> tuple[float, float]:
+def count_operations(names: list[str], student: str) -> tuple[float, float]:
     """TFLOP for one tile: of the teachers' forward, of forward and backward of student, heads and loss."""
     with torch.device("meta"):
-        teachers = [VisionTransformer(**TEACHERS[name].arch) for name in NAMES]
-        dims = {name: vit.width for name, vit in zip(NAMES, teachers)}
-        model, image = train.Distiller(Student("vit_b", dims, DIMS)), torch.empty(1, 3, 224, 224)
+        teachers = [VisionTransformer(**TEACHERS[name].arch) for name in names]
+        dims = {name: vit.width for name, vit in zip(names, teachers)}
+        model = train.Distiller(Student(student, dims, train.DEFAULTS[student]["dims"]))
+        image = torch.empty(1, 3, 224, 224)
         n = model[0].backbone.grid ** 2
         targets = {name: {"summary": torch.empty(1, D), "patches": torch.empty(1, n, D)} for name, D in dims.items()}
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
@@ -99,7 +100,7 @@ def run_train(args: argparse.Namespace, tiles: Path, work: Path, rate: float) ->
         torch.cuda.reset_peak_memory_stats()
     train.train(train.parse_args([*map(str, argv)]))
     rates = log_rates(work / "run", 2)  # the first two lines hold compiling, and the clock settling
-    tiles_per_s, (teachers, student) = statistics.median(rates), count_operations()
+    tiles_per_s, (teachers, student) = statistics.median(rates), count_operations(NAMES, "vit_b")
     achieved = tiles_per_s * (teachers + student)
     print(f"train: tiles/s {spread(rates, '.3g')} log lines; {args.batch / tiles_per_s:.4f} s a step")
     print(f"  TFLOP a tile: teachers {teachers:.3f}, student and heads {student:.3f}")

@@ -1,8 +1,9 @@
-"""Shared by all tests: two processes, the repo on the path, a missing oracle that says so, tiny teachers, tiny tiles."""
+"""Shared by all tests: two processes, the repo on the path, oracles, tiny teachers and tiles, a copy of the sources."""
 
 import importlib
 import io
 import os
+import shutil
 import signal
 import sys
 import tarfile
@@ -66,6 +67,16 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def weights_dir(tmp_path_factory) -> Path:
     """Where the tiny offline teachers of this session (--teacher-steps 2) are kept."""
     return tmp_path_factory.mktemp("weights")
+
+
+def copy_sources(folder: Path) -> Path:
+    """The six files, for commands to run in; evaluation on drawn tissue takes 64 tiles instead of 2048."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    evaluation = (folder / "evaluate.py").read_text()
+    assert evaluation.count(", N_TILES = 100_000, 2048 ") == 1
+    (folder / "evaluate.py").write_text(evaluation.replace(", N_TILES = 100_000, 2048 ", ", N_TILES = 100_000, 64 "))
+    return folder
 
 
 def write_tiles(folder: Path, n: int, size: tuple[int, int] = (96, 80), suffix: str = "png") -> list[Path]:

@@ -34,7 +34,7 @@ import teachers
 import train
 from data import InputError, epoch_order
 from losses import Standardizers, distillation_loss
-from student import CARD, STUDENTS, Student, VisionTransformer, load_student
+from student import STUDENTS, Student, VisionTransformer, load_student
 from teachers import TEACHERS, load_init
 
 TINY = ["--teacher-steps", "2", "--batch-size", "8", "--device", "cpu", "--dims", "4,16", "--stats-tiles", "16"]
@@ -280,7 +280,7 @@ def test_the_demos_card_has_its_table(tmp_path, run):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_the_cards_settings_make_every_student_in_timm(name):
-    card = CARD.format_map(collections.defaultdict(str, STUDENTS[name], size=1.0))
+    card = train.CARD.format_map(collections.defaultdict(str, STUDENTS[name], size=1.0))
     [call] = [node for node in ast.walk(ast.parse(card.split("```")[1][6:])) if getattr(node, "keywords", None)]
     settings = {x.arg: ast.literal_eval(x.value) for x in call.keywords if x.arg != "checkpoint_path"}
     model = oracle("timm").create_model(call.args[0].value, **settings)
@@ -288,7 +288,7 @@ def test_the_cards_settings_make_every_student_in_timm(name):
 
 
 def test_a_loss_that_samples_its_dims_is_logged(tmp_path, run, monkeypatch):
-    """An exercise of the README's kind: parts of some dims alone, others at each step."""
+    """As exercise 4 does, and further: parts of some dims alone, no dim being in all steps."""
     steps = iter([[4, 48], [16], [16, 48]])
 
     def sampled(student, tokens, targets):
