@@ -137,7 +137,7 @@ def usual_step(teachers: dict, device: torch.device, dtype: torch.dtype):
         twins[name].requires_grad_(False)
     torch.manual_seed(0)
     student = TimmStudent({name: teacher.dim for name, teacher in teachers.items()}, DIMS).to(device)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=train.BETAS, weight_decay=train.WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=train.BETAS, weight_decay=0.05)
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     @torch.no_grad()
