@@ -22,11 +22,20 @@ def hadamard(n: int) -> Tensor:
     """A Hadamard matrix (n, n) of entries +-1, H H^T = n I, in float64. InputError where n has no construction here."""
     if n == 1:
         return torch.ones(1, 1, dtype=torch.float64)
-    if (q := n - 1) in (11, 19):  # Paley, from the quadratic residues modulo q: those i with i^(q // 2) = 1
-        chi = torch.tensor([1.0 if pow(i, q // 2, q) == 1 else -1.0 for i in range(q)], dtype=torch.float64)
-        return F.pad(torch.stack([chi.roll(i) for i in range(q)]), (1, 0, 1, 0), value=1)  # row i, column j: chi[j - i]
+    if (q := n - 1) in (
+        11,
+        19,
+    ):  # Paley, from the quadratic residues modulo q: those i with i^(q // 2) = 1
+        chi = torch.tensor(
+            [1.0 if pow(i, q // 2, q) == 1 else -1.0 for i in range(q)], dtype=torch.float64
+        )
+        return F.pad(
+            torch.stack([chi.roll(i) for i in range(q)]), (1, 0, 1, 0), value=1
+        )  # row i, column j: chi[j - i]
     if n % 2:
-        raise InputError("no Hadamard matrix of this width (only 2^k, 12 * 2^k, 20 * 2^k); use --standardize channel")
+        raise InputError(
+            "no Hadamard matrix of this width (only 2^k, 12 * 2^k, 20 * 2^k); use --standardize channel"
+        )
     return torch.kron(torch.tensor([[1, 1], [1, -1]]), hadamard(n // 2))  # Sylvester's doubling
 
 
@@ -40,8 +49,12 @@ class Standardizer(nn.Module):
     def __init__(self, dim: int, mode: str = "phi-s"):
         super().__init__()
         self.mode = mode
-        hadamard(dim if mode == "phi-s" else 1)  # refuses a width that has none before anything slow starts
-        self.mean, self.rotation, self.scale = map(nn.Buffer, (torch.zeros(dim), torch.eye(dim), torch.ones(dim)))
+        hadamard(
+            dim if mode == "phi-s" else 1
+        )  # refuses a width that has none before anything slow starts
+        self.mean, self.rotation, self.scale = map(
+            nn.Buffer, (torch.zeros(dim), torch.eye(dim), torch.ones(dim))
+        )
 
     def set(self, mean: Tensor, covariance: Tensor, name: str = "teacher") -> None:
         """Derive the buffers from mean (D,) and covariance (D, D), both float64. InputError: a constant teacher."""
@@ -51,10 +64,14 @@ class Standardizer(nn.Module):
         rms = variances.mean().sqrt()  # = sqrt(mean(l)): the trace is the sum of the eigenvalues
         if self.mode == "phi-s":
             H = hadamard(len(mean)).to(mean) / len(mean) ** 0.5
-            self.rotation.copy_((H @ torch.linalg.eigh(covariance).eigenvectors.T).float())  # R = H U^T
+            self.rotation.copy_(
+                (H @ torch.linalg.eigh(covariance).eigenvectors.T).float()
+            )  # R = H U^T
             self.scale.fill_(rms.item())
         elif self.mode == "channel":
-            self.scale.copy_(variances.sqrt().clamp(min=1e-6 * rms).float())  # a dead channel is not blown up
+            self.scale.copy_(
+                variances.sqrt().clamp(min=1e-6 * rms).float()
+            )  # a dead channel is not blown up
         self.mean.copy_(mean.float() * (self.mode != "none"))
 
     def forward(self, y: Tensor) -> Tensor:
@@ -65,7 +82,12 @@ class Standardizer(nn.Module):
 class Standardizers(nn.ModuleDict):  # {teacher: {"summary": Standardizer, "patches": Standardizer}}
     def __init__(self, teacher_dims: dict[str, int], mode: str = "phi-s"):
         kinds = ("summary", "patches")
-        super().__init__({t: nn.ModuleDict({k: Standardizer(D, mode) for k in kinds}) for t, D in teacher_dims.items()})
+        super().__init__(
+            {
+                t: nn.ModuleDict({k: Standardizer(D, mode) for k in kinds})
+                for t, D in teacher_dims.items()
+            }
+        )
 
     @torch.no_grad()
     def measure(self, batches) -> None:
@@ -81,10 +103,15 @@ class Standardizers(nn.ModuleDict):  # {teacher: {"summary": Standardizer, "patc
             self[t][kind].set(mean, second / count - mean.outer(mean), f"teacher {t}, {kind}")
 
     def forward(self, outputs: dict[str, Tokens]) -> dict[str, Tokens]:
-        return {t: {kind: self[t][kind](y) for kind, y in tokens.items()} for t, tokens in outputs.items()}
+        return {
+            t: {kind: self[t][kind](y) for kind, y in tokens.items()}
+            for t, tokens in outputs.items()
+        }
 
 
-def distillation_loss(adapted: dict[str, Tokens], targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
+def distillation_loss(
+    adapted: dict[str, Tokens], targets: dict[str, Tokens]
+) -> tuple[Tensor, dict]:
     """The sum over teachers t of L_{t,m}, at one dim m. adapted: h_{t,m}(z[:m]); targets: y_t, float32; both are
     {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}. -> (loss, parts: {teacher: {name: value}} for the log)."""
     loss, parts = 0.0, {}
@@ -94,7 +121,12 @@ def distillation_loss(adapted: dict[str, Tokens], targets: dict[str, Tokens]) ->
         patch_cos = F.cosine_similarity(h["patches"].float(), y["patches"], dim=-1).mean()
         patch_l1 = F.smooth_l1_loss(h["patches"].float(), y["patches"])
         loss = loss + (1 - summary_cos) + 0.9 * (1 - patch_cos) + 0.1 * patch_l1  # L_{t,m}
-        part = {"summary_cos": summary_cos, "patch_cos": patch_cos, "patch_l1": patch_l1, "spread": spread(h, y)}
+        part = {
+            "summary_cos": summary_cos,
+            "patch_cos": patch_cos,
+            "patch_l1": patch_l1,
+            "spread": spread(h, y),
+        }
         parts[t] = {name: value.detach() for name, value in part.items()}
     return loss, parts
 
@@ -102,17 +134,31 @@ def distillation_loss(adapted: dict[str, Tokens], targets: dict[str, Tokens]) ->
 def spread(h: Tokens, y: Tokens) -> Tensor:
     """Watched, no part of the loss: the deviation of predictions h over the batch, mean of all channels, over that of
     their targets y; the smaller of the ratios for summary and first patch. 0: a dead head, the same for every tile."""
-    pairs = ((h["summary"], y["summary"]), (h["patches"][:, 0], y["patches"][:, 0]))  # each (B, D_t)
-    return torch.fmin(*[a.float().std(0, unbiased=False).mean() / b.std(0, unbiased=False).mean() for a, b in pairs])
+    pairs = (
+        (h["summary"], y["summary"]),
+        (h["patches"][:, 0], y["patches"][:, 0]),
+    )  # each (B, D_t)
+    return torch.fmin(
+        *[
+            a.float().std(0, unbiased=False).mean() / b.std(0, unbiased=False).mean()
+            for a, b in pairs
+        ]
+    )
 
 
-def nested_loss(student: nn.Module, tokens: Tokens, targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
+def nested_loss(
+    student: nn.Module, tokens: Tokens, targets: dict[str, Tokens]
+) -> tuple[Tensor, dict]:
     """L = sum over nested dims m and teachers t of L_{t,m}: every prefix of the embedding has to do the whole job.
     tokens: the student's z, {"summary": (B, D), "patches": (B, N, D)}. -> (L, {m: parts of distillation_loss at m})."""
-    losses, parts = zip(*[distillation_loss(student.adapt(tokens, m), targets) for m in student.nested_dims])
+    losses, parts = zip(
+        *[distillation_loss(student.adapt(tokens, m), targets) for m in student.nested_dims]
+    )
     return sum(losses), dict(zip(student.nested_dims, parts))  # w_m = 1
 
 
-class Distiller(nn.Sequential):  # of a student: with the loss in its forward, as DDP wraps and --compile compiles it
+class Distiller(
+    nn.Sequential
+):  # of a student: with the loss in its forward, as DDP wraps and --compile compiles it
     def forward(self, images: Tensor, targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
         return nested_loss(self[0], self[0](images), targets)

@@ -37,7 +37,16 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from test_student import timm_twin
-from timing import draw_folder, folder_step, interleaved, log_rates, ratios, spread, timed, training_step
+from timing import (
+    draw_folder,
+    folder_step,
+    interleaved,
+    log_rates,
+    ratios,
+    spread,
+    timed,
+    training_step,
+)
 from torchvision.transforms import functional as TF
 
 import data
@@ -59,7 +68,9 @@ print(memory("VmHWM"))
 def run(command: list, **environment: str) -> str:
     """The output of a process; what it wrote to stderr is shown only if it failed."""
     environment = os.environ | environment
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environment)
+    result = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, check=False, env=environment
+    )
     if result.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
     return result.stdout
@@ -82,10 +93,15 @@ def vit(args: argparse.Namespace, work: Path) -> None:
         forwards = {"ours": ours, "timm": twin.forward_features}
         with torch.no_grad():
             error = (ours(x) - twin.forward_features(x)).abs().max().item()
-            seconds = interleaved({key: functools.partial(timed, f, x) for key, f in forwards.items()}, args.pairs)
+            seconds = interleaved(
+                {key: functools.partial(timed, f, x) for key, f in forwards.items()}, args.pairs
+            )
         size = f"{name}, batch {batch}"
         print(f"  {size} forward: ours {statistics.median(seconds['ours']):.3f} s,", end=" ")
-        print(f"timm / ours {spread(ratios(seconds, 'timm', 'ours'))}; largest difference {error:.1e}", flush=True)
+        print(
+            f"timm / ours {spread(ratios(seconds, 'timm', 'ours'))}; largest difference {error:.1e}",
+            flush=True,
+        )
 
         steps = {}
         for key, model in (("ours", ours.train()), ("timm", twin.train())):
@@ -101,8 +117,13 @@ def folder(args: argparse.Namespace, work: Path) -> None:
     print("a step on a batch in memory / the same from 256 px JPEG tiles (asked: >= 0.90)")
     root = draw_folder(work / "tiles", args.tiles, 256)
     teachers = {name: load_teacher(name, work / "weights", steps=2) for name in OFFLINE}
-    for name, batch_size, times in (("toy", 4 if args.tiny else 32, 10), ("vit_s", 2 if args.tiny else 8, 4)):
-        step = training_step(teachers, name, DEFAULTS[name]["dims"], torch.device("cpu"), torch.float32)
+    for name, batch_size, times in (
+        ("toy", 4 if args.tiny else 32, 10),
+        ("vit_s", 2 if args.tiny else 8, 4),
+    ):
+        step = training_step(
+            teachers, name, DEFAULTS[name]["dims"], torch.device("cpu"), torch.float32
+        )
         tiles = data.FolderTiles(root, STUDENTS[name]["img_size"], 0)
         batch = next(data.batches(tiles, range(batch_size), batch_size))
         times = 1 if args.tiny else times
@@ -112,11 +133,15 @@ def folder(args: argparse.Namespace, work: Path) -> None:
             in_memory()
             seconds = interleaved({"memory": in_memory, "folder": from_folder}, args.rounds)
             line = f"  {name}, batch {batch_size}, {workers} workers: {statistics.median(seconds['memory']):.3f} s"
-            print(f"{line} in memory, share {spread(ratios(seconds, 'memory', 'folder'))}", flush=True)
+            print(
+                f"{line} in memory, share {spread(ratios(seconds, 'memory', 'folder'))}", flush=True
+            )
 
 
 def loader(args: argparse.Namespace, work: Path) -> None:
-    print("tiles/s in one process, 224 px crops of 256 px JPEG tiles, against bare Pillow (asked: >= 0.90)")
+    print(
+        "tiles/s in one process, 224 px crops of 256 px JPEG tiles, against bare Pillow (asked: >= 0.90)"
+    )
     root, n = draw_folder(work / "tiles", args.tiles, 256), min(200, args.tiles)
     paths, rng = [root / name for name in data.list_tiles(root)][:n], np.random.default_rng(0)
     sources = {"folder": data.FolderTiles(root, 224, 0)}
@@ -170,7 +195,9 @@ print(len(tiles.files), time.perf_counter() - began, 1000 * (memory("VmHWM") - b
 
 def million(args: argparse.Namespace, work: Path) -> None:
     n = 10_000 if args.tiny else 1_000_000
-    print(f"{n} tiles, simulated (1-byte files), opened by a process of its own, with fingerprint and one order")
+    print(
+        f"{n} tiles, simulated (1-byte files), opened by a process of its own, with fingerprint and one order"
+    )
     for i in range(n):  # names of 41 and 51 characters
         folder = work / "files" / f"TCGA-AB-{i * 1000 // n:04d}-01Z"
         if i * 1000 // n != (i - 1) * 1000 // n:
@@ -187,12 +214,17 @@ def million(args: argparse.Namespace, work: Path) -> None:
     for name in ("files", "million"):
         for time_of in ("first", "second"):
             code = OPEN.format(
-                root=str(ROOT), tests=str(ROOT / "tests"), data=str(work / name), spare=str(work / "run")
+                root=str(ROOT),
+                tests=str(ROOT / "tests"),
+                data=str(work / name),
+                spare=str(work / "run"),
             )
             count, seconds, peak, last = run([sys.executable, "-c", code]).split()
             index = (work / f"{name}.index").stat().st_size / 1e6
             line = f"  {name}, the {time_of} time: {count} tiles in {float(seconds):.2f} s, {float(peak):.0f} MB at the"
-            print(f"{line} highest above the imports; index {index:.0f} MB; last {last}", flush=True)
+            print(
+                f"{line} highest above the imports; index {index:.0f} MB; last {last}", flush=True
+            )
 
 
 NO_TEACHERS = """
@@ -209,15 +241,37 @@ train.CachedTiles.__getitem__ = kept
 
 
 def cache(args: argparse.Namespace, work: Path) -> None:
-    print("seconds per step from --cache / of the same run without teachers, 256 px JPEG tiles, complete cache")
+    print(
+        "seconds per step from --cache / of the same run without teachers, 256 px JPEG tiles, complete cache"
+    )
     root, every = draw_folder(work / "tiles", args.tiles, 256), 2 if args.tiny else 20
     script = TRAIN.format(root=str(ROOT), tests=str(ROOT / "tests"))
     without = script.replace("import train\n", "import train\n" + NO_TEACHERS)
     for student, batch in (("toy", 32), ("vit_s", 8)):
-        argv = ["--data", root, "--student", student, "--batch-size", batch, "--cache", work / f"cache-{student}"]
-        argv += ["--teacher-steps", 2, "--weights-dir", work / "weights", "--stats-tiles", 64, "--device", "cpu"]
+        argv = [
+            "--data",
+            root,
+            "--student",
+            student,
+            "--batch-size",
+            batch,
+            "--cache",
+            work / f"cache-{student}",
+        ]
+        argv += [
+            "--teacher-steps",
+            2,
+            "--weights-dir",
+            work / "weights",
+            "--stats-tiles",
+            64,
+            "--device",
+            "cpu",
+        ]
         argv += ["--log-every", every if student == "toy" else 4, "--steps", 10000]
-        run([sys.executable, "-c", script, *argv, "--stop-at", 1, "--out", work / f"made-{student}"])
+        run(
+            [sys.executable, "-c", script, *argv, "--stop-at", 1, "--out", work / f"made-{student}"]
+        )
         stop, rates = (5 * every if student == "toy" else 16), {"cache": [], "without": []}
         for i in range(1 if args.tiny else 5):
             for name in list(rates)[:: -1 if i % 2 else 1]:
@@ -231,7 +285,9 @@ def cache(args: argparse.Namespace, work: Path) -> None:
 
 
 def growth(args: argparse.Namespace, work: Path) -> None:
-    print("toy student, each run of train.py in a process of its own; one thing changes from the first line")
+    print(
+        "toy student, each run of train.py in a process of its own; one thing changes from the first line"
+    )
     root, every = draw_folder(work / "tiles", args.tiles, 256), 2 if args.tiny else 20
     script = TRAIN.format(root=str(ROOT), tests=str(ROOT / "tests"))
     dims = {1: "48", 3: "4,16,48", 5: "2,4,8,16,48"}
@@ -241,28 +297,91 @@ def growth(args: argparse.Namespace, work: Path) -> None:
     print("  teachers  dims  batch  workers   s/step   peak GB")
     for i, change in enumerate(changes[:: 4 if args.tiny else 1]):
         now, out = usual | change, work / f"growth-{i}"
-        argv = ["--teachers", ",".join(OFFLINE[: now["teachers"]]), "--dims", dims[now["dims"]], "--student", "toy"]
-        argv += ["--batch-size", now["batch"], "--workers", now["workers"], "--data", root, "--out", out]
-        argv += ["--teacher-steps", 2, "--weights-dir", work / "weights", "--stats-tiles", 64, "--device", "cpu"]
+        argv = [
+            "--teachers",
+            ",".join(OFFLINE[: now["teachers"]]),
+            "--dims",
+            dims[now["dims"]],
+            "--student",
+            "toy",
+        ]
+        argv += [
+            "--batch-size",
+            now["batch"],
+            "--workers",
+            now["workers"],
+            "--data",
+            root,
+            "--out",
+            out,
+        ]
+        argv += [
+            "--teacher-steps",
+            2,
+            "--weights-dir",
+            work / "weights",
+            "--stats-tiles",
+            64,
+            "--device",
+            "cpu",
+        ]
         argv += ["--log-every", every, "--stop-at", 5 * every, "--steps", 1000]
-        if not i:  # its teachers are trained by a run of its own, so that their training is in no peak
-            prepare = argv[:-4] + ["--stop-at", 1, "--steps", 1000, "--out", work / "growth-prepare"]
+        if (
+            not i
+        ):  # its teachers are trained by a run of its own, so that their training is in no peak
+            prepare = argv[:-4] + [
+                "--stop-at",
+                1,
+                "--steps",
+                1000,
+                "--out",
+                work / "growth-prepare",
+            ]
             run([sys.executable, "-c", script, *prepare])
         peak = float(run([sys.executable, "-c", script, *argv]).split()[-1])
         columns = "  ".join(f"{value:{len(key)}}" for key, value in now.items())
-        print(f"  {columns}   {now['batch'] / statistics.median(log_rates(out, 1)):6.3f}   {peak:7.2f}", flush=True)
+        print(
+            f"  {columns}   {now['batch'] / statistics.median(log_rates(out, 1)):6.3f}   {peak:7.2f}",
+            flush=True,
+        )
 
 
 def ddp(args: argparse.Namespace, work: Path) -> None:
     print("tiles/s of two gloo processes / of one, one thread each, global batch 32")
     root, every = draw_folder(work / "tiles", args.tiles, 256), 2 if args.tiny else 25
-    for name, source in (("demo, teachers' outputs kept", []), ("folder, teachers in every step", ["--data", root])):
+    for name, source in (
+        ("demo, teachers' outputs kept", []),
+        ("folder, teachers in every step", ["--data", root]),
+    ):
         rates, runs = {1: [], 2: []}, [1, 2] if args.tiny else [1, 2, 2, 1, 1, 2]
         for i, processes in enumerate(runs):
             out = work / f"ddp-{len(source)}-{i}"
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            command += [ROOT / "train.py", "--teacher-steps", 2, "--weights-dir", work / "weights", "--stats-tiles", 64]
-            command += ["--device", "cpu", "--log-every", every, "--stop-at", 6 * every, "--steps", 6 * every + 1]
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={processes}",
+            ]
+            command += [
+                ROOT / "train.py",
+                "--teacher-steps",
+                2,
+                "--weights-dir",
+                work / "weights",
+                "--stats-tiles",
+                64,
+            ]
+            command += [
+                "--device",
+                "cpu",
+                "--log-every",
+                every,
+                "--stop-at",
+                6 * every,
+                "--steps",
+                6 * every + 1,
+            ]
             command += ["--workers", 0, "--out", out, *source]
             run(command, OMP_NUM_THREADS="1")
             rates[processes].append(statistics.median(log_rates(out, 1)))
@@ -283,14 +402,22 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)"
+    )
     parser.add_argument("--pairs", type=int, help="of vit and loader (default: 20)")
     parser.add_argument("--rounds", type=int, help="of folder (default: 7)")
     parser.add_argument("--batch", type=int, help="of vit (default: 2; L: 1)")
-    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="of folder (default: 0 1 2)")
+    parser.add_argument(
+        "--workers", type=int, nargs="*", default=[0, 1, 2], help="of folder (default: 0 1 2)"
+    )
     parser.add_argument("--tiles", type=int, help="JPEG tiles to draw (default: 2000)")
-    parser.add_argument("--tiny", action="store_true", help="shallow and short; its numbers mean nothing")
+    parser.add_argument(
+        "--tiny", action="store_true", help="shallow and short; its numbers mean nothing"
+    )
     args = parser.parse_args()
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"no part is called {unknown[0]}; choose from {', '.join(PARTS)}")

@@ -32,14 +32,20 @@ TASKS = {
 def features(bank: int, queries: int, dim: int, classes: int) -> list[torch.Tensor]:
     """train_x (bank, dim), train_y, test_x (queries, dim), test_y; the same on every call."""
     generator = torch.Generator().manual_seed(0)
-    spectrum = torch.arange(1, dim + 1) ** -0.5  # standard deviations along the principal axes: variances as 1 / rank
+    spectrum = (
+        torch.arange(1, dim + 1) ** -0.5
+    )  # standard deviations along the principal axes: variances as 1 / rank
     axes = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
     centres = 0.35 * torch.randn(classes, dim, generator=generator)
-    centres[:, 64:] = 0  # what tells classes apart lies in the leading axes, so that neighbours know it too
+    centres[:, 64:] = (
+        0  # what tells classes apart lies in the leading axes, so that neighbours know it too
+    )
     problem = []
     for n in (bank, queries):
         y, x = torch.randint(classes, (n,), generator=generator), torch.empty(n, dim)
-        for rows, labels in zip(x.split(10_000), y.split(10_000)):  # the peak is to be the task's, not this
+        for rows, labels in zip(
+            x.split(10_000), y.split(10_000)
+        ):  # the peak is to be the task's, not this
             z = centres[labels] + torch.randn(len(rows), dim, generator=generator)
             rows.copy_((z * spectrum) @ axes + 0.3)
         problem += [x, y]
@@ -57,7 +63,11 @@ def bench(task: str, sizes: list[int]) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
     before, began, cpu = memory("VmRSS"), time.monotonic(), time.process_time()
     metrics = TASKS[task](*problem)
-    seconds, cpu, above = time.monotonic() - began, time.process_time() - cpu, memory("VmHWM") - before
+    seconds, cpu, above = (
+        time.monotonic() - began,
+        time.process_time() - cpu,
+        memory("VmHWM") - before,
+    )
     size = sum(part.numel() * part.element_size() for part in problem) / 1e9
     values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     print(
@@ -67,8 +77,12 @@ def bench(task: str, sizes: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)} (default: all)"
+    )
     for flag, default in (("bank", 100_000), ("queries", 30_000), ("dim", 768), ("classes", 9)):
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
@@ -83,5 +97,7 @@ if __name__ == "__main__":
         f"{args.bank} x {args.dim}, {args.queries} queries; {torch.get_num_threads()} threads, load {os.getloadavg()}"
     )
     for task in args.tasks or TASKS:
-        flags = [f"--{flag}={size}" for flag, size in zip(("bank", "queries", "dim", "classes"), sizes)]
+        flags = [
+            f"--{flag}={size}" for flag, size in zip(("bank", "queries", "dim", "classes"), sizes)
+        ]
         subprocess.run([sys.executable, __file__, task, "--alone", *flags], check=True)

@@ -32,7 +32,16 @@ import cards
 import torch
 import torch.nn.functional as F
 from test_student import timm_twin
-from timing import draw_folder, folder_step, interleaved, log_rates, ratios, spread, timed, training_step
+from timing import (
+    draw_folder,
+    folder_step,
+    interleaved,
+    log_rates,
+    ratios,
+    spread,
+    timed,
+    training_step,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -48,7 +57,9 @@ PARTS = ("train", "reference", "nested", "loader")
 def make_shallow() -> None:
     """--tiny: the same widths at depth 2, for train.py too, which reads the same tables."""
     for name in NAMES:
-        TEACHERS[name] = dataclasses.replace(TEACHERS[name], arch=TEACHERS[name].arch | {"depth": 2})
+        TEACHERS[name] = dataclasses.replace(
+            TEACHERS[name], arch=TEACHERS[name].arch | {"depth": 2}
+        )
     STUDENTS["vit_b"] = STUDENTS["vit_b"] | {"depth": 2}
 
 
@@ -67,7 +78,9 @@ def matmul_rate(device: torch.device, size: int) -> float:
     out = torch.empty_like(a)
     product = functools.partial(torch.mm, a, b, out=out)
     rates = [2 * size**3 / timed(product, times=20) / 1e12 for _ in range(40)]
-    print(f"matmul: {size}^3 in bf16, TFLOP/s: {spread(rates[10:], '.3g')} blocks of 20", flush=True)
+    print(
+        f"matmul: {size}^3 in bf16, TFLOP/s: {spread(rates[10:], '.3g')} blocks of 20", flush=True
+    )
     return statistics.median(rates[10:])
 
 
@@ -79,7 +92,10 @@ def count_operations(names: list[str], student: str) -> tuple[float, float]:
         model = train.Distiller(Student(student, dims, train.DEFAULTS[student]["dims"]))
         image = torch.empty(1, 3, 224, 224)
         n = model[0].backbone.grid ** 2
-        targets = {name: {"summary": torch.empty(1, D), "patches": torch.empty(1, n, D)} for name, D in dims.items()}
+        targets = {
+            name: {"summary": torch.empty(1, D), "patches": torch.empty(1, n, D)}
+            for name, D in dims.items()
+        }
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         for vit in teachers:
             vit(image)
@@ -90,8 +106,25 @@ def count_operations(names: list[str], student: str) -> tuple[float, float]:
 
 def run_train(args: argparse.Namespace, tiles: Path, work: Path, rate: float) -> None:
     every, device = (1 if args.tiny else 20), args.device.type
-    argv = ["--teachers", ",".join(NAMES), "--student", "vit_b", "--dims", ",".join(map(str, DIMS)), "--compile"]
-    argv += ["--data", tiles, "--batch-size", args.batch, "--out", work / "run", "--weights-dir", args.weights_dir]
+    argv = [
+        "--teachers",
+        ",".join(NAMES),
+        "--student",
+        "vit_b",
+        "--dims",
+        ",".join(map(str, DIMS)),
+        "--compile",
+    ]
+    argv += [
+        "--data",
+        tiles,
+        "--batch-size",
+        args.batch,
+        "--out",
+        work / "run",
+        "--weights-dir",
+        args.weights_dir,
+    ]
     argv += ["--device", device, "--log-every", every, "--stop-at", 3 if args.tiny else args.steps]
     argv += ["--stats-tiles", 4] if args.tiny else []
     argv += ["--workers", args.workers] if args.workers is not None else []
@@ -102,12 +135,19 @@ def run_train(args: argparse.Namespace, tiles: Path, work: Path, rate: float) ->
     rates = log_rates(work / "run", 2)  # the first two lines hold compiling, and the clock settling
     tiles_per_s, (teachers, student) = statistics.median(rates), count_operations(NAMES, "vit_b")
     achieved = tiles_per_s * (teachers + student)
-    print(f"train: tiles/s {spread(rates, '.3g')} log lines; {args.batch / tiles_per_s:.4f} s a step")
+    print(
+        f"train: tiles/s {spread(rates, '.3g')} log lines; {args.batch / tiles_per_s:.4f} s a step"
+    )
     print(f"  TFLOP a tile: teachers {teachers:.3f}, student and heads {student:.3f}")
-    print(f"  {achieved:.3g} TFLOP/s, {achieved / rate:.1%} of the product's {rate:.3g} (asked: >= 60 %)")
+    print(
+        f"  {achieved:.3g} TFLOP/s, {achieved / rate:.1%} of the product's {rate:.3g} (asked: >= 60 %)"
+    )
     if device == "cuda":
         peaks = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
-        print("  peak memory {:.1f} GB, {:.1f} GB with what the allocator keeps".format(*peaks), flush=True)
+        print(
+            "  peak memory {:.1f} GB, {:.1f} GB with what the allocator keeps".format(*peaks),
+            flush=True,
+        )
 
 
 class TimmStudent(Student):
@@ -136,8 +176,12 @@ def usual_step(teachers: dict, device: torch.device, dtype: torch.dtype):
         twins[name].load_state_dict(state, strict=True, assign=True)
         twins[name].requires_grad_(False)
     torch.manual_seed(0)
-    student = TimmStudent({name: teacher.dim for name, teacher in teachers.items()}, DIMS).to(device)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=train.BETAS, weight_decay=0.05)
+    student = TimmStudent({name: teacher.dim for name, teacher in teachers.items()}, DIMS).to(
+        device
+    )
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=1e-4, betas=train.BETAS, weight_decay=0.05
+    )
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     @torch.no_grad()
@@ -145,10 +189,14 @@ def usual_step(teachers: dict, device: torch.device, dtype: torch.dtype):
         outputs = {}
         for name, twin in twins.items():
             with autocast():
-                outputs[name] = split(twin, normalise(images, teachers[name].mean, teachers[name].std))
+                outputs[name] = split(
+                    twin, normalise(images, teachers[name].mean, teachers[name].std)
+                )
             maps = outputs[name]["patches"].transpose(1, 2)  # (B, D_t, N)
             if (side := round(maps.shape[-1] ** 0.5)) != student.grid:
-                maps = F.interpolate(maps.unflatten(2, (side, side)), (student.grid, student.grid), mode="bilinear")
+                maps = F.interpolate(
+                    maps.unflatten(2, (side, side)), (student.grid, student.grid), mode="bilinear"
+                )
                 outputs[name]["patches"] = maps.flatten(2).transpose(1, 2)
         return outputs
 
@@ -159,21 +207,31 @@ def usual_step(teachers: dict, device: torch.device, dtype: torch.dtype):
     def step(batch: dict) -> dict:
         images = batch["image"].to(device)
         outputs = teach(images)
-        targets = {t: {kind: standardise(y) for kind, y in tokens.items()} for t, tokens in outputs.items()}
+        targets = {
+            t: {kind: standardise(y) for kind, y in tokens.items()} for t, tokens in outputs.items()
+        }
         optimizer.zero_grad()
         with autocast():
             loss, parts = nested_loss(student, student(images), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), train.CLIP)
         optimizer.step()
-        return {(m, t, key): parts[m][t][key].item() for m in parts for t in parts[m] for key in parts[m][t]}
+        return {
+            (m, t, key): parts[m][t][key].item()
+            for m in parts
+            for t in parts[m]
+            for key in parts[m][t]
+        }
 
     return step, teach
 
 
 def compare(contenders: dict, batch: dict, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per step of each on one batch in memory, in blocks of steps that alternate."""
-    blocks = {name: functools.partial(timed, step, batch, times=args.block) for name, step in contenders.items()}
+    blocks = {
+        name: functools.partial(timed, step, batch, times=args.block)
+        for name, step in contenders.items()
+    }
     interleaved(blocks, 1)  # compiles
     seconds = interleaved(blocks, args.rounds)
     for name, values in seconds.items():
@@ -181,7 +239,9 @@ def compare(contenders: dict, batch: dict, args: argparse.Namespace) -> dict[str
     return seconds
 
 
-def against_usual(ours, plain: dict, batch: dict, args: argparse.Namespace, dtype: torch.dtype) -> None:
+def against_usual(
+    ours, plain: dict, batch: dict, args: argparse.Namespace, dtype: torch.dtype
+) -> None:
     """plain: our teachers once more, not compiled."""
     print("reference: the usual loop with timm / ours (asked: >= 1.25)")
     usual, teach = usual_step(plain, args.device, dtype)
@@ -198,7 +258,9 @@ def against_usual(ours, plain: dict, batch: dict, args: argparse.Namespace, dtyp
 def wait_for_tiles(ours, tiles: dict, batch: dict, args: argparse.Namespace) -> None:
     cuda = args.device.type == "cuda"
     workers = args.workers if args.workers is not None else 8 * cuda
-    print(f"loader: {workers} workers; a step on tiles in memory / from the folder (asked: >= 0.97)")
+    print(
+        f"loader: {workers} workers; a step on tiles in memory / from the folder (asked: >= 0.97)"
+    )
     contenders = {"memory": functools.partial(timed, ours, batch, times=args.block)}
     contenders["memory"]()
     for size, source in tiles.items():
@@ -220,39 +282,69 @@ def profile(step, batch: dict, device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)"
+    )
     parser.add_argument("--device", default="cuda", help="(default: cuda; cpu only with --tiny)")
     parser.add_argument("--batch", type=int, help="tiles in a step (default: 64; --tiny: 2)")
-    parser.add_argument("--steps", type=int, default=240, help="of train, 20 to a log line (default: 240)")
+    parser.add_argument(
+        "--steps", type=int, default=240, help="of train, 20 to a log line (default: 240)"
+    )
     parser.add_argument("--rounds", type=int, help="of alternating blocks (default: 5; --tiny: 2)")
     parser.add_argument("--block", type=int, help="steps in a block (default: 16; --tiny: 1)")
-    parser.add_argument("--tiles", type=int, help="JPEG tiles of each size (default: 3000; --tiny: 40)")
+    parser.add_argument(
+        "--tiles", type=int, help="JPEG tiles of each size (default: 3000; --tiny: 40)"
+    )
     parser.add_argument("--workers", type=int, help="that read tiles (default: as train.py)")
-    parser.add_argument("--weights-dir", type=Path, help="keeps the random weights, 10 GB (default: temporary)")
+    parser.add_argument(
+        "--weights-dir", type=Path, help="keeps the random weights, 10 GB (default: temporary)"
+    )
     parser.add_argument("--tiles-dir", type=Path, help="keeps the tiles (default: temporary)")
-    parser.add_argument("--profile", action="store_true", help="print the 25 operations that take the most time")
-    parser.add_argument("--tiny", action="store_true", help="depth 2, small and short; its numbers mean nothing")
+    parser.add_argument(
+        "--profile", action="store_true", help="print the 25 operations that take the most time"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="depth 2, small and short; its numbers mean nothing"
+    )
     args = parser.parse_args()
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"no part is called {unknown[0]}; choose from {', '.join(PARTS)}")
     if not args.tiny and not (args.device.startswith("cuda") and torch.cuda.is_available()):
-        raise InputError("--device: this needs a CUDA GPU; --device cpu --tiny only shows that everything runs")
+        raise InputError(
+            "--device: this needs a CUDA GPU; --device cpu --tiny only shows that everything runs"
+        )
     args.device, dtype = choose_device(args.device, "auto")
-    for key, tiny, usual in (("batch", 2, 64), ("rounds", 2, 5), ("block", 1, 16), ("tiles", 40, 3000)):
+    for key, tiny, usual in (
+        ("batch", 2, 64),
+        ("rounds", 2, 5),
+        ("block", 1, 16),
+        ("tiles", 40, 3000),
+    ):
         setattr(args, key, getattr(args, key) or (tiny if args.tiny else usual))
     parts = args.parts or PARTS
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise it goes on uncompiled, and nobody knows
+    torch._dynamo.config.fail_on_recompile_limit_hit = (
+        True  # otherwise it goes on uncompiled, and nobody knows
+    )
     if args.tiny:
         make_shallow()
     name = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, timm {cards.oracle('timm').__version__}, {dtype}, batch {args.batch}")
+    print(
+        f"{name}, torch {torch.__version__}, timm {cards.oracle('timm').__version__}, {dtype}, batch {args.batch}"
+    )
 
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        args.weights_dir, tiles_dir = args.weights_dir or work / "weights", args.tiles_dir or work / "tiles"
+        args.weights_dir, tiles_dir = (
+            args.weights_dir or work / "weights",
+            args.tiles_dir or work / "tiles",
+        )
         args.weights_dir.mkdir(parents=True, exist_ok=True)
-        folders = {size: draw_folder(tiles_dir / str(size), args.tiles, size) for size in (224, 256)}
+        folders = {
+            size: draw_folder(tiles_dir / str(size), args.tiles, size) for size in (224, 256)
+        }
         write_weights(args.weights_dir, args.device)
         rate = matmul_rate(args.device, 256 if args.tiny else 8192)
         if "train" in parts:
@@ -263,10 +355,16 @@ def main() -> None:
         if parts == ["train"] and not args.profile:
             return
 
-        load = functools.partial(load_teacher, weights_dir=args.weights_dir, device=args.device, dtype=dtype)
+        load = functools.partial(
+            load_teacher, weights_dir=args.weights_dir, device=args.device, dtype=dtype
+        )
         teachers = {name: load(name) for name in NAMES}
         tiles = {size: data.FolderTiles(folder, 224, 0) for size, folder in folders.items()}
-        batch = {"image": next(data.batches(tiles[256], range(args.batch), args.batch))["image"].to(args.device)}
+        batch = {
+            "image": next(data.batches(tiles[256], range(args.batch), args.batch))["image"].to(
+                args.device
+            )
+        }
         ours = training_step(teachers, "vit_b", DIMS, args.device, dtype, compiled=True)
         if "reference" in parts:
             against_usual(ours, {name: load(name) for name in NAMES}, batch, args, dtype)

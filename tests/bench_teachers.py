@@ -57,20 +57,30 @@ print(size, peak - before, memory("VmHWM"), on_gpu, seconds)
 """
 
 
-def load(name: str, folder: Path, depth: int, dtype: torch.dtype, device: str = "cpu") -> tuple[float, ...]:
+def load(
+    name: str, folder: Path, depth: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[float, ...]:
     """-> bytes of the model, peak of own memory above what was there, peak with mapped files, on the GPU, seconds."""
-    script = LOAD.format(root=str(ROOT), name=name, depth=depth, folder=str(folder), dtype=dtype, device=device)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    script = LOAD.format(
+        root=str(ROOT), name=name, depth=depth, folder=str(folder), dtype=dtype, device=device
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     return tuple(map(float, result.stdout.split()[-5:]))
 
 
 @torch.no_grad()
-def speed(name: str, folder: Path, batch: int, pairs: int, device: torch.device, dtype: torch.dtype) -> None:
+def speed(
+    name: str, folder: Path, batch: int, pairs: int, device: torch.device, dtype: torch.dtype
+) -> None:
     teacher = load_teacher(name, folder, device, dtype)
     with torch.device("meta"):
         twin = cards.timm_model(name)
-    twin.load_state_dict(teacher.vit.state_dict(), strict=True, assign=True)  # the very same tensors
+    twin.load_state_dict(
+        teacher.vit.state_dict(), strict=True, assign=True
+    )  # the very same tensors
     images = torch.rand(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
 
     def ours():
@@ -88,26 +98,40 @@ def speed(name: str, folder: Path, batch: int, pairs: int, device: torch.device,
         return time.perf_counter() - began
 
     a, b = ours().float(), theirs().float()  # warm up, and the same result
-    print(f"  largest difference of patches {((a - b).abs().max() / b.abs().max()).item():.1e} of their scale")
+    print(
+        f"  largest difference of patches {((a - b).abs().max() / b.abs().max()).item():.1e} of their scale"
+    )
     times = [
-        (seconds(ours), seconds(theirs)) if i % 2 else (seconds(theirs), seconds(ours))[::-1] for i in range(pairs)
+        (seconds(ours), seconds(theirs)) if i % 2 else (seconds(theirs), seconds(ours))[::-1]
+        for i in range(pairs)
     ]
     ratios = sorted(theirs / ours for ours, theirs in times)
     rate, timm_rate = (batch / statistics.median(column) for column in zip(*times))
-    print(f"  {rate:.2f} tiles/s, timm {timm_rate:.2f}, batch {batch}, {dtype}, {pairs} interleaved pairs:", end=" ")
-    low, median, high = ratios[len(ratios) // 4], statistics.median(ratios), ratios[-1 - len(ratios) // 4]
+    print(
+        f"  {rate:.2f} tiles/s, timm {timm_rate:.2f}, batch {batch}, {dtype}, {pairs} interleaved pairs:",
+        end=" ",
+    )
+    low, median, high = (
+        ratios[len(ratios) // 4],
+        statistics.median(ratios),
+        ratios[-1 - len(ratios) // 4],
+    )
     print(
         f"ours / timm median {median:.3f}, quartiles {low:.3f} to {high:.3f}, range {ratios[0]:.3f} to {ratios[-1]:.3f}"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("names", nargs="*", default=["uni", "virchow2", "h_optimus_1"])
     parser.add_argument("--device", help="cuda or cpu (default: the best at hand)")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--batch", type=int, help="(default: 64 on a GPU, 1 on a CPU)")
-    parser.add_argument("--out", help="where the files are written meanwhile (default: a temporary folder)")
+    parser.add_argument(
+        "--out", help="where the files are written meanwhile (default: a temporary folder)"
+    )
     args = parser.parse_args()
     device, dtype = choose_device(args.device, "auto")
     gpu = device.type == "cuda"
@@ -121,14 +145,18 @@ def main() -> None:
             print(f"\n{name}: {path.stat().st_size / 1e9:.2f} GB of random weights as {suffix}")
             for kind in dict.fromkeys([torch.bfloat16, dtype]):
                 depth = TEACHERS[name].arch["depth"]
-                size, own, peak, on_gpu, seconds = load(name, Path(folder), depth, kind, device.type)
-                text = (
-                    f"  loaded in {seconds:.1f} s (file cached) as {kind}: {size / 1e9:.2f} GB; own memory at its peak"
+                size, own, peak, on_gpu, seconds = load(
+                    name, Path(folder), depth, kind, device.type
+                )
+                text = f"  loaded in {seconds:.1f} s (file cached) as {kind}: {size / 1e9:.2f} GB; own memory at its peak"
+                print(
+                    f"{text} {own / 1e9:.2f} GB ({own / size:.2f} x), with the mapped file {peak / 1e9:.2f} GB",
+                    end="",
                 )
                 print(
-                    f"{text} {own / 1e9:.2f} GB ({own / size:.2f} x), with the mapped file {peak / 1e9:.2f} GB", end=""
+                    f", GPU {on_gpu / 1e9:.2f} GB ({on_gpu / size:.2f} x)" if gpu else "",
+                    flush=True,
                 )
-                print(f", GPU {on_gpu / 1e9:.2f} GB ({on_gpu / size:.2f} x)" if gpu else "", flush=True)
             speed(name, Path(folder), args.batch or (64 if gpu else 1), args.pairs, device, dtype)
             path.unlink()
 

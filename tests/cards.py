@@ -36,11 +36,21 @@ COUNTS = {
 SWIGLU = "swiglu"  # stands for timm's SwiGLUPacked with SiLU, which the cards pass as classes
 OPTIMUS = ("vit_giant_patch14_reg4_dinov2", {"init_values": 1e-5})
 VIRCHOW = {"init_values": 1e-5, "mlp_ratio": 5.3375, SWIGLU: True}
-UNI2 = {"patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536, "mlp_ratio": 2.66667 * 2, SWIGLU: True}
+UNI2 = {
+    "patch_size": 14,
+    "depth": 24,
+    "num_heads": 24,
+    "embed_dim": 1536,
+    "mlp_ratio": 2.66667 * 2,
+    SWIGLU: True,
+}
 GIGAPATH = {"patch_size": 16, "embed_dim": 1536, "depth": 40, "num_heads": 24, "mlp_ratio": 5.33334}
 TIMM = {  # the name that the card gives to timm.create_model, and its arguments
     "uni": ("vit_large_patch16_224", {"init_values": 1e-5}),
-    "uni2_h": ("vit_giant_patch14_224", {**UNI2, "init_values": 1e-5, "no_embed_class": True, "reg_tokens": 8}),
+    "uni2_h": (
+        "vit_giant_patch14_224",
+        {**UNI2, "init_values": 1e-5, "no_embed_class": True, "reg_tokens": 8},
+    ),
     "virchow": ("vit_huge_patch14_224", VIRCHOW),
     "virchow2": ("vit_huge_patch14_224", {**VIRCHOW, "reg_tokens": 4}),
     "h_optimus_0": OPTIMUS,
@@ -148,11 +158,23 @@ def reference(name: str, layout: str, folder, depth: int = 2):
     # timm's own loader reads the file, with its own key map and its own resampling
     filtered = timm.models.vision_transformer.checkpoint_filter_fn(dict(state), model)
     model.load_state_dict(filtered, strict=True)
-    if layout == "chunked":  # GPFM's other file: a training checkpoint, blocks in chunks, heads of the pretraining
+    if (
+        layout == "chunked"
+    ):  # GPFM's other file: a training checkpoint, blocks in chunks, heads of the pretraining
         chunk = math.ceil(depth / 2)
-        names = {key: re.sub(r"blocks\.(\d+)", lambda i: f"blocks.{int(i[1]) // chunk}.{i[1]}", key) for key in state}
-        state = {f"backbone.{names[key]}": value for key, value in dinov2_file(state, False).items() if key in names}
-        state |= {"backbone.mask_token": torch.zeros(1, 1024), "dino_head.mlp.0.weight": torch.zeros(8, 1024)}
+        names = {
+            key: re.sub(r"blocks\.(\d+)", lambda i: f"blocks.{int(i[1]) // chunk}.{i[1]}", key)
+            for key in state
+        }
+        state = {
+            f"backbone.{names[key]}": value
+            for key, value in dinov2_file(state, False).items()
+            if key in names
+        }
+        state |= {
+            "backbone.mask_token": torch.zeros(1, 1024),
+            "dino_head.mlp.0.weight": torch.zeros(8, 1024),
+        }
         state = {"teacher": state}
 
     def forward(x):
@@ -166,7 +188,9 @@ def write(state: dict, path) -> None:
     """.safetensors; .bin, torch's zip format; .pth, the legacy pickle. Never into a file that is perhaps mapped."""
     new = path.with_name("new")
     if path.suffix == ".safetensors":
-        oracle("safetensors.torch").save_file({key: value.contiguous() for key, value in state.items()}, new)
+        oracle("safetensors.torch").save_file(
+            {key: value.contiguous() for key, value in state.items()}, new
+        )
     else:
         torch.save(state, new, _use_new_zipfile_serialization=path.suffix != ".pth")
     new.replace(path)

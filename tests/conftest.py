@@ -24,21 +24,36 @@ def pytest_cmdline_main(config):
     """The whole suite, where pytest-xdist is installed: two processes, a file at a time. Not with a path, -k or -m, nor
     with what asks for one process: -n 0, -s, --pdb, -p no:xdist."""
     option, has = config.option, config.pluginmanager.hasplugin
-    if not has("xdist") or hasattr(config, "workerinput") or option.numprocesses is not None or option.tx:
+    if (
+        not has("xdist")
+        or hasattr(config, "workerinput")
+        or option.numprocesses is not None
+        or option.tx
+    ):
         return
     some = option.file_or_dir or option.keyword or option.markexpr or option.collectonly
-    if not some and option.capture != "no" and not option.usepdb and not option.trace and (os.cpu_count() or 1) > 1:
+    if (
+        not some
+        and option.capture != "no"
+        and not option.usepdb
+        and not option.trace
+        and (os.cpu_count() or 1) > 1
+    ):
         option.numprocesses, option.dist, option.loadscopereorder = 2, "loadfile", False
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # which each of the two reads when it starts
 
 
 def pytest_configure():
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; what it starts inherits that
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # in the background of a script; what it starts inherits that
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
-    if hasattr(config, "workerinput"):  # the longest files first, so that both processes end at about the same time
+    if hasattr(
+        config, "workerinput"
+    ):  # the longest files first, so that both processes end at about the same time
         longest = ["test_readme.py", "test_train.py", "test_teachers.py", "test_stops.py"]
         items.sort(key=lambda item: (*longest, item.path.name).index(item.path.name))
 
@@ -59,7 +74,10 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.05 if p.ndim > 1 else 0.3) + (p.ndim == 1) * 0.5)
+            p.copy_(
+                torch.randn(p.shape, generator=generator) * (0.05 if p.ndim > 1 else 0.3)
+                + (p.ndim == 1) * 0.5
+            )
     return module.eval()
 
 
@@ -75,11 +93,15 @@ def copy_sources(folder: Path) -> Path:
         shutil.copy(path, folder)
     evaluation = (folder / "evaluate.py").read_text()
     assert evaluation.count(", N_TILES = 100_000, 2048 ") == 1
-    (folder / "evaluate.py").write_text(evaluation.replace(", N_TILES = 100_000, 2048 ", ", N_TILES = 100_000, 64 "))
+    (folder / "evaluate.py").write_text(
+        evaluation.replace(", N_TILES = 100_000, 2048 ", ", N_TILES = 100_000, 64 ")
+    )
     return folder
 
 
-def write_tiles(folder: Path, n: int, size: tuple[int, int] = (96, 80), suffix: str = "png") -> list[Path]:
+def write_tiles(
+    folder: Path, n: int, size: tuple[int, int] = (96, 80), suffix: str = "png"
+) -> list[Path]:
     """n images of noise whose first pixel tells which they are."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -23,8 +23,14 @@ def train_main():
 class Child:
     """A script's main in a forked process, which has the imports already: what it prints, and how it ends."""
 
-    def __init__(self, *argv, patch=lambda: None, main=train_main, script="train.py", **environment):
-        (self.reads, writes), self.told, self.code = zip(os.pipe(), os.pipe()), {}, None  # no file: files get limited
+    def __init__(
+        self, *argv, patch=lambda: None, main=train_main, script="train.py", **environment
+    ):
+        (self.reads, writes), self.told, self.code = (
+            zip(os.pipe(), os.pipe()),
+            {},
+            None,
+        )  # no file: files get limited
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid:
@@ -105,5 +111,9 @@ def pair(*argv, patches=(lambda: None, lambda: None)):
     """Two processes of one run, started by hand."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        own = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
     return [Child(*argv, patch=patches[i], **own, RANK=str(i), LOCAL_RANK=str(i)) for i in (0, 1)]

@@ -39,9 +39,13 @@ def kept(model: Distiller, teacher_dims: dict[str, int], tiles: int) -> int:
     vit = model[0].backbone
     images, n = torch.rand(tiles, 3, vit.img_size, vit.img_size), vit.grid**2
     targets = {
-        t: {"summary": torch.randn(tiles, D), "patches": torch.randn(tiles, n, D)} for t, D in teacher_dims.items()
+        t: {"summary": torch.randn(tiles, D), "patches": torch.randn(tiles, n, D)}
+        for t, D in teacher_dims.items()
     }
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         loss, _ = model(images, targets)
     assert loss.requires_grad
     return sum(size for place, size in seen.items() if place not in own)
@@ -59,11 +63,20 @@ if __name__ == "__main__":
             torch.manual_seed(0)
             model = Distiller(Student(student, dims, DEFAULTS[student]["dims"]))
             two, four = (kept(model, dims, n) for n in (2, 4))
-            parts = (two + (four - two) * 31) / 1e9, sum(map(millions, vits.values())) * 2e-3, millions(model) * 16e-3
-            memory[key] = "{:.1f} GB (kept {:.1f}, teachers {:.1f}, student and heads {:.1f})".format(
-                sum(parts), *parts
+            parts = (
+                (two + (four - two) * 31) / 1e9,
+                sum(map(millions, vits.values())) * 2e-3,
+                millions(model) * 16e-3,
             )
-        text = f"{teachers + own:.3f} TFLOP a tile, {teachers / (teachers + own):.0%} of it teachers"
+            memory[key] = (
+                "{:.1f} GB (kept {:.1f}, teachers {:.1f}, student and heads {:.1f})".format(
+                    sum(parts), *parts
+                )
+            )
+        text = (
+            f"{teachers + own:.3f} TFLOP a tile, {teachers / (teachers + own):.0%} of it teachers"
+        )
         print(
-            f"{card}: {','.join(names)} -> {student}, {tiles:,} tiles: {text}; {hours:.1f} h; {memory[key]}", flush=True
+            f"{card}: {','.join(names)} -> {student}, {tiles:,} tiles: {text}; {hours:.1f} h; {memory[key]}",
+            flush=True,
         )

@@ -25,14 +25,20 @@ def tiles(stream: str, scale: float, resampled: bool, n: int) -> tuple[torch.Ten
     images, labels, size = [], [], round(64 * scale)
     for drawn, *its_labels, _ in (draw_tissue(stream, 0, k, size) for k in range(n)):
         edge = (size - 64) // 2
-        view = Image.fromarray(drawn).resize((64, 64)) if resampled else drawn[edge : edge + 64, edge : edge + 64]
+        view = (
+            Image.fromarray(drawn).resize((64, 64))
+            if resampled
+            else drawn[edge : edge + 64, edge : edge + 64]
+        )
         images.append(np.asarray(view))
         labels.append(its_labels)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("run")
     parser.add_argument("--tiles", type=int, default=1024)
     args = parser.parse_args()
@@ -43,4 +49,7 @@ if __name__ == "__main__":
         images, y = tiles("test", scale, resampled, args.tiles)
         z = embed(student, images)
         cells, tissue = (100 * knn(bank, bank_y[:, i], z, y[:, i])["accuracy"] for i in range(2))
-        print(f"{scale} x{', resampled' * resampled}: cells {cells:.1f} %, tissue {tissue:.1f} %", flush=True)
+        print(
+            f"{scale} x{', resampled' * resampled}: cells {cells:.1f} %, tissue {tissue:.1f} %",
+            flush=True,
+        )

@@ -56,19 +56,33 @@ def train(out: Path, weights: Path, seeds: range, flags: list[str]) -> None:
     def run(job: tuple[str, int]) -> None:
         name, seed = job
         run_folder, began = folder(out, name, seed), time.monotonic()
-        command = [sys.executable, str(ROOT / "train.py"), *STUDENTS[name], "--seed", str(seed), *flags]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *STUDENTS[name],
+            "--seed",
+            str(seed),
+            *flags,
+        ]
         command += ["--teacher-seed", str(seed), "--weights-dir", str(weights)]
         # an earlier call may have been interrupted: its runs go on, and with other flags they are refused
         command += ["--resume" if (run_folder / "last.pt").exists() else "--out", str(run_folder)]
         result = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if result.returncode:
             raise SystemExit(f"{' '.join(command)}\n{result.stderr}")
         print(f"  {run_folder}: {time.monotonic() - began:.0f} s", flush=True)
 
     names = list(STUDENTS)
-    for stage in (names[:2], names[2:]):  # the students of one teacher first: each trains that teacher, once
+    for stage in (
+        names[:2],
+        names[2:],
+    ):  # the students of one teacher first: each trains that teacher, once
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, [(name, seed) for seed in seeds for name in stage]))
 
@@ -76,7 +90,10 @@ def train(out: Path, weights: Path, seeds: range, flags: list[str]) -> None:
 def features(out: Path, weights: Path, seed: int, steps: int, tiles: dict[str, Tensor]) -> dict:
     """{model: {split: (n, D)}} of the four students and the two teachers, on {split: images}."""
     models = {name: load_student(folder(out, name, seed))[0] for name in STUDENTS}
-    models |= {f"teacher {name}": load_teacher(name, weights, steps=steps, seed=seed) for name in TASKS.values()}
+    models |= {
+        f"teacher {name}": load_teacher(name, weights, steps=steps, seed=seed)
+        for name in TASKS.values()
+    }
     return {
         name: {split: evaluate.embed(model, images) for split, images in tiles.items()}
         for name, model in models.items()
@@ -89,11 +106,19 @@ def cuts(x: dict[str, dict[str, Tensor]], seed: int) -> dict[tuple[str, int], di
     found |= {(name, m): truncate(x[name], m) for name in STUDENTS for m in DIMS}
     whole = x["student of both"]
     mean = whole["train"].mean(0)
-    principal = torch.linalg.eigh((whole["train"] - mean).T.double().cov())[1].flip(1).float()  # (D, D), largest first
-    random = torch.randn(whole["train"].shape[1], DIMS[-1], generator=torch.Generator().manual_seed(seed))
+    principal = (
+        torch.linalg.eigh((whole["train"] - mean).T.double().cov())[1].flip(1).float()
+    )  # (D, D), largest first
+    random = torch.randn(
+        whole["train"].shape[1], DIMS[-1], generator=torch.Generator().manual_seed(seed)
+    )
     for m in DIMS[:-1]:
-        found["student of both, PCA", m] = {split: (z - mean) @ principal[:, :m] for split, z in whole.items()}
-        found["student of both, random projection", m] = {split: z @ random[:, :m] for split, z in whole.items()}
+        found["student of both, PCA", m] = {
+            split: (z - mean) @ principal[:, :m] for split, z in whole.items()
+        }
+        found["student of both, random projection", m] = {
+            split: z @ random[:, :m] for split, z in whole.items()
+        }
     return found
 
 
@@ -115,7 +140,8 @@ def labelled(tiles: str, size: int = 64) -> tuple[dict[str, Tensor], dict[str, d
 
 def synthetic(seed: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     drawn = {
-        s: data.TissueTiles(stream, seed).draw(evaluate.N_TILES) for s, stream in (("train", "bank"), ("test", "test"))
+        s: data.TissueTiles(stream, seed).draw(evaluate.N_TILES)
+        for s, stream in (("train", "bank"), ("test", "test"))
     }
     return {s: d["image"] for s, d in drawn.items()}, {
         s: {label: d[label] for label in TASKS} for s, d in drawn.items()
@@ -129,7 +155,8 @@ def measure(out: Path, weights: Path, seed: int, steps: int, tiles: str | None) 
         found["colour histograms", 48] = {split: histograms(x) for split, x in images.items()}
     metric = "balanced_accuracy" if tiles else "accuracy"
     return {
-        (name, m, label, probe): 100 * f(x["train"], labels["train"][label], x["test"], labels["test"][label])[metric]
+        (name, m, label, probe): 100
+        * f(x["train"], labels["train"][label], x["test"], labels["test"][label])[metric]
         for (name, m), x in found.items()
         for label in labels["train"]
         for probe, f in PROBES.items()
@@ -147,7 +174,8 @@ def report(scores: list[Scores]) -> dict[tuple[str, int, str, str], np.ndarray]:
     for name, m in dict.fromkeys(key[:2] for key in values):
         cells = (values[name, m, *column] for column in columns)
         print(
-            f"{name:36}{m:>5}" + "".join(f"{v.mean():>10.1f} ± {v.std(ddof=min(1, len(v) - 1)):<3.1f}" for v in cells)
+            f"{name:36}{m:>5}"
+            + "".join(f"{v.mean():>10.1f} ± {v.std(ddof=min(1, len(v) - 1)):<3.1f}" for v in cells)
         )
     return values
 
@@ -159,29 +187,54 @@ def claims(values: dict[tuple[str, int, str, str], np.ndarray], smaller: float) 
     def line(text: str, difference: np.ndarray, wanted: str, good: bool) -> None:
         held.append(good)
         spread = difference.std(ddof=min(1, len(difference) - 1))
-        print(f"  {text:66}{difference.mean():>7.1f} ± {spread:<4.1f}  wanted {wanted:8} {'yes' if good else 'NO'}")
+        print(
+            f"  {text:66}{difference.mean():>7.1f} ± {spread:<4.1f}  wanted {wanted:8} {'yes' if good else 'NO'}"
+        )
 
-    print(f"\n(a) one small student ({smaller:.1f} % smaller) matches each teacher on the task that it knows")
+    print(
+        f"\n(a) one small student ({smaller:.1f} % smaller) matches each teacher on the task that it knows"
+    )
     held.append(smaller >= 86)
     for label, teacher in TASKS.items():
         for probe in PROBES:
-            d = values["student of both", D, label, probe] - values[f"teacher {teacher}", 128, label, probe]
+            d = (
+                values["student of both", D, label, probe]
+                - values[f"teacher {teacher}", 128, label, probe]
+            )
             line(f"student minus teacher, {label}, {probe}", d, ">= -3", d.mean() >= -3)
     print("(b) it lacks no teacher's half, unlike a student of one")
     for label, other in (("tissue", "toy_cells"), ("cells", "toy_tissue")):
         for probe in PROBES:
-            d = values["student of both", D, label, probe] - values[f"student of {other}", D, label, probe]
+            d = (
+                values["student of both", D, label, probe]
+                - values[f"student of {other}", D, label, probe]
+            )
             line(f"student minus student of {other}, {label}, {probe}", d, ">= 15", d.mean() >= 15)
     print("(c) its prefixes work on their own")
     for label in TASKS:
         for probe in PROBES:
             nested = values["student of both", low, label, probe]
             d = nested - values["student of both, not nested", low, label, probe]
-            line(f"first {low} channels, nested minus not, {label}, {probe}", d, ">= 10", d.mean() >= 10)
+            line(
+                f"first {low} channels, nested minus not, {label}, {probe}",
+                d,
+                ">= 10",
+                d.mean() >= 10,
+            )
             d = nested - values["student of both, random projection", low, label, probe]
-            line(f"first {low} channels minus a random projection to {low}, {label}, {probe}", d, "> 0", d.mean() > 0)
-            d = values["student of both", D, label, probe] - values["student of both, not nested", D, label, probe]
-            line(f"all {D} channels, nested minus not, {label}, {probe}", d, ">= -1", d.mean() >= -1)
+            line(
+                f"first {low} channels minus a random projection to {low}, {label}, {probe}",
+                d,
+                "> 0",
+                d.mean() > 0,
+            )
+            d = (
+                values["student of both", D, label, probe]
+                - values["student of both, not nested", D, label, probe]
+            )
+            line(
+                f"all {D} channels, nested minus not, {label}, {probe}", d, ">= -1", d.mean() >= -1
+            )
     return all(held)
 
 
@@ -196,42 +249,65 @@ def draw(values: dict[tuple[str, int, str, str], np.ndarray], file: Path) -> Non
     panels = figure.subplots(1, len(labels), squeeze=False, sharey=True)[0]
     for axes, label in zip(panels, labels):
         for colour, name in enumerate(dict.fromkeys(key[0] for key in values)):
-            points = {m: values[n, m, x, p] for n, m, x, p in values if (n, x, p) == (name, label, "kNN")}
+            points = {
+                m: values[n, m, x, p] for n, m, x, p in values if (n, x, p) == (name, label, "kNN")
+            }
             mean, sd = ([float(f(v)) for v in points.values()] for f in (np.mean, np.std))
             if len(points) == 1:
                 axes.axhline(*mean, color=f"C{colour}", linestyle="--", label=name)
                 continue
             axes.plot(list(points), mean, ".-", color=f"C{colour}", label=name)
-            axes.fill_between(list(points), np.subtract(mean, sd), np.add(mean, sd), color=f"C{colour}", alpha=0.2)
+            axes.fill_between(
+                list(points), np.subtract(mean, sd), np.add(mean, sd), color=f"C{colour}", alpha=0.2
+            )
         axes.set(title=label, xlabel="channels", xscale="log")
         axes.set_xticks(DIMS, DIMS)
         axes.minorticks_off()
     panels[0].set_ylabel("kNN accuracy, %" if len(labels) > 1 else "kNN balanced accuracy, %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small"
+    )
     figure.savefig(file, dpi=120)
     print(f"\nfigure: {file}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder (default: runs/miniature, with --tiles runs/miniature-tiles)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder (default: runs/miniature, with --tiles runs/miniature-tiles)",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of every student (default: train.py's)")
-    parser.add_argument("--teacher-steps", type=int, default=500, help="of the offline teachers (default: 500)")
     parser.add_argument(
-        "--tiles", metavar="DIR", help="a labelled folder of real tiles: train/CLASS/* and test/CLASS/*"
+        "--teacher-steps", type=int, default=500, help="of the offline teachers (default: 500)"
     )
-    parser.add_argument("--weights-dir", type=Path, default=Path("runs/miniature/weights"), help="of the teachers")
+    parser.add_argument(
+        "--tiles",
+        metavar="DIR",
+        help="a labelled folder of real tiles: train/CLASS/* and test/CLASS/*",
+    )
+    parser.add_argument(
+        "--weights-dir", type=Path, default=Path("runs/miniature/weights"), help="of the teachers"
+    )
     args = parser.parse_args()
     out = args.out or Path("runs/miniature-tiles" if args.tiles else "runs/miniature")
     flags = ["--data", f"{args.tiles}/train"] if args.tiles else []
     for flag in ("steps", "teacher_steps"):
-        flags += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))] if getattr(args, flag) else []
+        flags += (
+            [f"--{flag.replace('_', '-')}", str(getattr(args, flag))] if getattr(args, flag) else []
+        )
     began = time.monotonic()
     train(out, args.weights_dir, range(args.seeds), flags)
     print(f"trained in {(time.monotonic() - began) / 60:.1f} min; measuring", flush=True)
     values = report(
-        [measure(out, args.weights_dir, seed, args.teacher_steps, args.tiles) for seed in range(args.seeds)]
+        [
+            measure(out, args.weights_dir, seed, args.teacher_steps, args.tiles)
+            for seed in range(args.seeds)
+        ]
     )
     draw(values, out / "miniature.png")
     if not args.tiles:
@@ -239,9 +315,15 @@ def main() -> None:
             load_student(folder(out, "student of both", 0))[0],
             load_teacher("toy_cells", args.weights_dir, steps=args.teacher_steps),
         )
-        parameters = [sum(p.numel() for p in model.parameters()) for model in (student.backbone, teacher)]
+        parameters = [
+            sum(p.numel() for p in model.parameters()) for model in (student.backbone, teacher)
+        ]
         good = claims(values, 100 - 100 * parameters[0] / parameters[1])
-        print("\nall of it holds in the mean over seeds" if good else "\nNOT all of it holds: see the lines with NO")
+        print(
+            "\nall of it holds in the mean over seeds"
+            if good
+            else "\nNOT all of it holds: see the lines with NO"
+        )
     print(f"{(time.monotonic() - began) / 60:.1f} min in all")
 
 

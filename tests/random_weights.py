@@ -17,8 +17,12 @@ from student import VisionTransformer
 from teachers import TEACHERS
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=[name for name, spec in TEACHERS.items() if not spec.task])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="+", choices=[name for name, spec in TEACHERS.items() if not spec.task]
+    )
     parser.add_argument("--out", type=Path, default=Path("random-weights"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

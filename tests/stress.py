@@ -28,7 +28,18 @@ import torch
 from conftest import ROOT, write_tiles
 from test_data import hostile_images, outcome
 
-FLAGS = ["--teacher-steps", "2", "--device", "cpu", "--dims", "4,16", "--batch-size", "8", "--stats-tiles", "16"]
+FLAGS = [
+    "--teacher-steps",
+    "2",
+    "--device",
+    "cpu",
+    "--dims",
+    "4,16",
+    "--batch-size",
+    "8",
+    "--stats-tiles",
+    "16",
+]
 FIRST = 5  # seconds after the first log line before a run is measured
 
 
@@ -43,8 +54,13 @@ def images(args: argparse.Namespace, work: Path) -> bool:
         wrong += [name] * (word not in ("read", "refused", "broken"))
         path.unlink()
     for word, kinds in sorted(found.items()):
-        print(f"{word}: {kinds.total()}, of them " + ", ".join(f"{what} {n}" for what, n in kinds.most_common(12)))
-    print(f"{args.n} images in {time.monotonic() - began:.0f} s, against Pillow: {len(wrong)} differ {wrong[:20]}")
+        print(
+            f"{word}: {kinds.total()}, of them "
+            + ", ".join(f"{what} {n}" for what, n in kinds.most_common(12))
+        )
+    print(
+        f"{args.n} images in {time.monotonic() - began:.0f} s, against Pillow: {len(wrong)} differ {wrong[:20]}"
+    )
     return not wrong
 
 
@@ -52,7 +68,9 @@ def start(*flags, out: Path) -> subprocess.Popen:
     command = [sys.executable, ROOT / "train.py", *flags]
     with open(f"{out}.txt", "ab") as text:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.Popen([str(x) for x in command], stdout=text, stderr=text, env=environment)
+        return subprocess.Popen(
+            [str(x) for x in command], stdout=text, stderr=text, env=environment
+        )
 
 
 def folder_of_tiles(work: Path, n: int, broken: int) -> Path:
@@ -66,12 +84,28 @@ def measured(pid: int) -> tuple[float, int, int]:
     """MB in memory and open files of a process and its children, and their number."""
     pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
     memory = [Path(f"/proc/{x}/status").read_text().partition("VmRSS:")[2].split()[0] for x in pids]
-    return sum(map(int, memory)) / 1e3, sum(len(os.listdir(f"/proc/{x}/fd")) for x in pids), len(pids)
+    return (
+        sum(map(int, memory)) / 1e3,
+        sum(len(os.listdir(f"/proc/{x}/fd")) for x in pids),
+        len(pids),
+    )
 
 
 def steps(args: argparse.Namespace, work: Path) -> bool:
     tiles, out, seen = folder_of_tiles(work, 600, 5), work / "long", []
-    flags = [*FLAGS, "--data", tiles, "--workers", 2, "--steps", args.steps, "--save-every", 250, "--log-every", 50]
+    flags = [
+        *FLAGS,
+        "--data",
+        tiles,
+        "--workers",
+        2,
+        "--steps",
+        args.steps,
+        "--save-every",
+        250,
+        "--log-every",
+        50,
+    ]
     run = start(*flags, "--weights-dir", work / "weights", "--out", out, out=out)
     began = time.monotonic()
     while run.poll() is None:
@@ -85,7 +119,9 @@ def steps(args: argparse.Namespace, work: Path) -> bool:
     if run.returncode:
         print(text[-2000:])
         return False
-    seen = [line for line in seen if line[0] > seen[0][0] + FIRST and line[3] == 3]  # the workers end before the run
+    seen = [
+        line for line in seen if line[0] > seen[0][0] + FIRST and line[3] == 3
+    ]  # the workers end before the run
     print(
         f"{args.steps} steps in {time.monotonic() - began:.0f} s, {len(seen)} samples; {text.count('skipped')} skipped"
     )
@@ -96,7 +132,9 @@ def steps(args: argparse.Namespace, work: Path) -> bool:
     for name, place, allowed in (("memory, MB", 1, 1.02), ("open files", 2, 1.0)):
         values, quarter = [line[place] for line in seen], len(seen) // 4
         first, last = statistics.median(values[:quarter]), statistics.median(values[-quarter:])
-        print(f"{name}: median {first:g} in the first quarter, {last:g} in the last, {max(values):g} at most")
+        print(
+            f"{name}: median {first:g} in the first quarter, {last:g} in the last, {max(values):g} at most"
+        )
         fits &= last <= allowed * first
     return fits
 
@@ -115,32 +153,62 @@ def same(a, b, where: str = "") -> list[str]:
 def tensors(content) -> int:
     if isinstance(content, dict):
         return sum(map(tensors, content.values()))
-    return sum(map(tensors, content)) if isinstance(content, list) else isinstance(content, torch.Tensor)
+    return (
+        sum(map(tensors, content))
+        if isinstance(content, list)
+        else isinstance(content, torch.Tensor)
+    )
 
 
 def at_step(out: Path) -> int:
-    return torch.load(out / "last.pt", weights_only=True)["step"] if (out / "last.pt").exists() else -1
+    return (
+        torch.load(out / "last.pt", weights_only=True)["step"] if (out / "last.pt").exists() else -1
+    )
 
 
 def kills(args: argparse.Namespace, work: Path) -> bool:
     tiles, straight, killed = folder_of_tiles(work, 600, 5), work / "straight", work / "killed"
-    flags = [*FLAGS, "--data", tiles, "--workers", 1, "--steps", args.kill_steps, "--save-every", 3, "--log-every", 2]
+    flags = [
+        *FLAGS,
+        "--data",
+        tiles,
+        "--workers",
+        1,
+        "--steps",
+        args.kill_steps,
+        "--save-every",
+        3,
+        "--log-every",
+        2,
+    ]
     flags += ["--weights-dir", work / "weights"]
-    if start(*flags, "--out", work / "warm", "--stop-at", 1, out=work / "warm").wait():  # makes the offline teachers
+    if start(
+        *flags, "--out", work / "warm", "--stop-at", 1, out=work / "warm"
+    ).wait():  # makes the offline teachers
         print(Path(f"{work}/warm.txt").read_text()[-2000:])
         return False
     began = time.monotonic()
     code = start(*flags, "--out", straight, out=straight).wait()
-    length, random_waits, done, round_, fits = time.monotonic() - began, random.Random(args.seed), 0, 0, code == 0
+    length, random_waits, done, round_, fits = (
+        time.monotonic() - began,
+        random.Random(args.seed),
+        0,
+        0,
+        code == 0,
+    )
     print(f"undisturbed: exit {code}, {length:.1f} s")
-    while fits and done < args.kills:  # a run that ends before it has been killed often enough is followed by another
+    while (
+        fits and done < args.kills
+    ):  # a run that ends before it has been killed often enough is followed by another
         round_ += 1
         shutil.rmtree(killed, ignore_errors=True)
         code = None
         while code is None:
             wait = random_waits.uniform(0.1, length) if done < args.kills else 10 * length + 60
             before = at_step(killed)
-            run = start(*(["--resume", killed] if before >= 0 else [*flags, "--out", killed]), out=killed)
+            run = start(
+                *(["--resume", killed] if before >= 0 else [*flags, "--out", killed]), out=killed
+            )
             try:
                 code = run.wait(wait)
             except subprocess.TimeoutExpired:
@@ -148,7 +216,9 @@ def kills(args: argparse.Namespace, work: Path) -> bool:
                 run.wait()
                 done += 1
                 left = ", ".join(path.name for path in killed.glob("*.tmp"))
-                print(f"kill {done}: {wait:.2f} s after a start from step {before}; now {at_step(killed)}; left {left}")
+                print(
+                    f"kill {done}: {wait:.2f} s after a start from step {before}; now {at_step(killed)}; left {left}"
+                )
                 if done >= args.kills and wait > length:
                     print("does not end")
                     return False
@@ -158,12 +228,19 @@ def kills(args: argparse.Namespace, work: Path) -> bool:
             f"run {round_}: exit {code}; {tensors(a)} tensors compared at step {b['step']}; differ: {differ or 'none'}"
         )
         notes = [
-            [json.loads(x)["step"] for x in (y / "log.jsonl").read_text().splitlines()] for y in (straight, killed)
+            [json.loads(x)["step"] for x in (y / "log.jsonl").read_text().splitlines()]
+            for y in (straight, killed)
         ]
-        named = [sorted((x / "unreadable.txt").read_text().splitlines()) for x in (straight, killed)]
+        named = [
+            sorted((x / "unreadable.txt").read_text().splitlines()) for x in (straight, killed)
+        ]
         left = [path.name for path in killed.glob("*.tmp")]
-        print(f"  same log: {notes[0] == notes[1]}; same unreadable tiles: {named[0] == named[1]}; left over: {left}")
-        fits = code == 0 and not differ and notes[0] == notes[1] and named[0] == named[1] and not left
+        print(
+            f"  same log: {notes[0] == notes[1]}; same unreadable tiles: {named[0] == named[1]}; left over: {left}"
+        )
+        fits = (
+            code == 0 and not differ and notes[0] == notes[1] and named[0] == named[1] and not left
+        )
         if code:
             print(Path(f"{killed}.txt").read_text()[-2000:])
     return fits
@@ -173,14 +250,26 @@ PARTS = {"images": images, "steps": steps, "kills": kills}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)"
+    )
     parser.add_argument("--n", type=int, default=20_000, help="mutated images (default: 20000)")
-    parser.add_argument("--steps", type=int, default=5000, help="of the run that is watched (default: 5000)")
-    parser.add_argument("--every", type=float, default=2, help="seconds between two looks at it (default: 2)")
+    parser.add_argument(
+        "--steps", type=int, default=5000, help="of the run that is watched (default: 5000)"
+    )
+    parser.add_argument(
+        "--every", type=float, default=2, help="seconds between two looks at it (default: 2)"
+    )
     parser.add_argument("--kills", type=int, default=10, help="(default: 10)")
-    parser.add_argument("--kill-steps", type=int, default=300, help="steps of the run that is killed (default: 300)")
-    parser.add_argument("--seed", type=int, default=0, help="of the mutations and of the waits (default: 0)")
+    parser.add_argument(
+        "--kill-steps", type=int, default=300, help="steps of the run that is killed (default: 300)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the mutations and of the waits (default: 0)"
+    )
     args = parser.parse_args()
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"no part is called {unknown[0]}; choose from {', '.join(PARTS)}")

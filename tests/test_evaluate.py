@@ -24,7 +24,9 @@ from student import STUDENTS, Student, load_student
 # ---- nearest neighbours: one query, one neighbour at a time --------------------------------------------------------
 def ranked(bank, query):
     """Cosine similarities and places in the bank, nearest first; the earlier place first where they are equal."""
-    similarity = [sum(a * b for a, b in zip(query, x)) / (math.hypot(*query) * math.hypot(*x)) for x in bank]
+    similarity = [
+        sum(a * b for a, b in zip(query, x)) / (math.hypot(*query) * math.hypot(*x)) for x in bank
+    ]
     return sorted(zip(similarity, range(len(bank))), key=lambda pair: -pair[0])
 
 
@@ -91,24 +93,42 @@ def test_knn_and_retrieval_equal_brute_force(name):
     assert evaluate.knn(*problem) == evaluate.knn(*problem, k=20)  # the default
     expected = plain_retrieval(problem)
     assert evaluate.retrieval(*problem) == pytest.approx(expected)
-    if name in ("plain", "more queries than a chunk", "empty classes", "dim 7"):  # a wrong vote would show
+    if name in (
+        "plain",
+        "more queries than a chunk",
+        "empty classes",
+        "dim 7",
+    ):  # a wrong vote would show
         assert 0.2 < expected["Acc@1"] < expected["Acc@5"] and 0.2 < expected["mMV@5"] < 1
 
 
 def test_one_channel_knows_nothing_but_the_sign():
     generator = torch.Generator().manual_seed(0)
     y = torch.tensor([0, 1]).repeat(20)
-    x = (torch.rand(40, 1, generator=generator) + 0.1) * (1 - 2 * y[:, None])  # class 0 above, class 1 below zero
-    problem = (x, y, 7 * x[:9], torch.cat([y[:6], 1 - y[6:9]]))  # three queries whose label is the other one
+    x = (torch.rand(40, 1, generator=generator) + 0.1) * (
+        1 - 2 * y[:, None]
+    )  # class 0 above, class 1 below zero
+    problem = (
+        x,
+        y,
+        7 * x[:9],
+        torch.cat([y[:6], 1 - y[6:9]]),
+    )  # three queries whose label is the other one
     for k in (5, 20, 1000):
         assert evaluate.knn(*problem, k=k)["accuracy"] == pytest.approx(6 / 9)
-    assert evaluate.retrieval(*problem) == pytest.approx(dict.fromkeys(("Acc@1", "Acc@3", "Acc@5", "mMV@5"), 6 / 9))
+    assert evaluate.retrieval(*problem) == pytest.approx(
+        dict.fromkeys(("Acc@1", "Acc@3", "Acc@5", "mMV@5"), 6 / 9)
+    )
 
 
 def test_a_query_of_zeros_is_no_nan():
     problem = clusters(queries=4)
     problem[2][0] = 0
-    for metrics in (evaluate.knn(*problem), evaluate.retrieval(*problem), evaluate.adaptive_retrieval(*problem, 2)):
+    for metrics in (
+        evaluate.knn(*problem),
+        evaluate.retrieval(*problem),
+        evaluate.adaptive_retrieval(*problem, 2),
+    ):
         assert all(0 <= value <= 1 for metric, value in metrics.items() if metric != "work")
 
 
@@ -120,7 +140,9 @@ def test_a_near_neighbour_outvotes_two_that_are_farther():
         evaluate.knn(bank, labels, query, torch.tensor([0]), k=3)["accuracy"] == 1
     )  # e^(1 / 0.07) > 2 e^(0.866 / 0.07)
     farther = torch.tensor([[1.0, 0.1], [1.0, 0.0], [1.0, 0.1]])
-    assert evaluate.knn(farther, labels, query, torch.tensor([1]), k=3)["accuracy"] == 1  # nearly as near: two win
+    assert (
+        evaluate.knn(farther, labels, query, torch.tensor([1]), k=3)["accuracy"] == 1
+    )  # nearly as near: two win
 
 
 def test_duplicated_tiles_are_neighbours_of_their_own():
@@ -131,7 +153,12 @@ def test_duplicated_tiles_are_neighbours_of_their_own():
     expected = plain_retrieval(problem)
     assert evaluate.retrieval(*problem) == pytest.approx(expected)
     assert expected != pytest.approx(plain_retrieval((train_x, train_y, test_x, test_y)))
-    same = (torch.ones(9, 4), torch.full((9,), 3), torch.ones(2, 4), torch.tensor([3, 0]))  # one tile, nine times
+    same = (
+        torch.ones(9, 4),
+        torch.full((9,), 3),
+        torch.ones(2, 4),
+        torch.tensor([3, 0]),
+    )  # one tile, nine times
     assert evaluate.knn(*same) == {"accuracy": 0.5, "balanced_accuracy": 0.5}
     assert evaluate.retrieval(*same)["mMV@5"] == 0.5
 
@@ -161,7 +188,9 @@ def test_majority_of_five_with_ties_to_the_nearest(labels, majority):
             bank, torch.tensor(labels)[order], torch.tensor([[1.0, 0.0]]), torch.tensor([label])
         )
         assert metrics["mMV@5"] == (label == majority)
-        assert metrics == {f"Acc@{n}": float(label in labels[:n]) for n in (1, 3, 5)} | {"mMV@5": label == majority}
+        assert metrics == {f"Acc@{n}": float(label in labels[:n]) for n in (1, 3, 5)} | {
+            "mMV@5": label == majority
+        }
 
 
 def test_knn_over_more_queries_than_a_chunk_finds_itself():
@@ -176,8 +205,14 @@ def test_adaptive_retrieval_with_the_whole_bank_is_a_full_search(dim):
     problem = clusters(bank=150, queries=90, dim=12, spread=2)
     full = evaluate.retrieval(*problem)["Acc@1"]
     assert 0.2 < full < 0.9
-    for shortlist in ({}, {"shortlist": 150}, {"shortlist": 1000}):  # 200 when not given: above the bank
-        assert evaluate.adaptive_retrieval(*problem, dim, **shortlist)["Acc@1"] == pytest.approx(full)
+    for shortlist in (
+        {},
+        {"shortlist": 150},
+        {"shortlist": 1000},
+    ):  # 200 when not given: above the bank
+        assert evaluate.adaptive_retrieval(*problem, dim, **shortlist)["Acc@1"] == pytest.approx(
+            full
+        )
 
 
 @pytest.mark.parametrize(("dim", "shortlist"), [(2, 1), (2, 5), (3, 20), (7, 3), (12, 1)])
@@ -191,17 +226,27 @@ def test_adaptive_retrieval_equals_plain_loops(dim, shortlist):
         hits.append(train_y[chosen[best]] == truth)
     got = evaluate.adaptive_retrieval(*problem, dim, shortlist=shortlist)
     assert got["Acc@1"] == pytest.approx(sum(hits) / len(hits))
-    if dim < 12:  # the shortlist is too short to reach a full search, so the test can tell them apart
+    if (
+        dim < 12
+    ):  # the shortlist is too short to reach a full search, so the test can tell them apart
         assert abs(got["Acc@1"] - evaluate.retrieval(*problem)["Acc@1"]) > 0.003
 
 
 def test_the_work_of_adaptive_retrieval_by_hand():
     """A full search: 100 x 16 multiply-adds a query. Here 100 x 4 for the shortlist, 10 x 16 to re-rank it."""
     problem = clusters(bank=100, queries=3, dim=16)
-    assert evaluate.adaptive_retrieval(*problem, 4, shortlist=10)["work"] == pytest.approx((400 + 160) / 1600)
-    assert evaluate.adaptive_retrieval(*problem, 1, shortlist=10)["work"] == pytest.approx((100 + 160) / 1600)
-    assert evaluate.adaptive_retrieval(*problem, 4, shortlist=500)["work"] == pytest.approx((400 + 1600) / 1600)
-    assert evaluate.adaptive_retrieval(*problem, 16, shortlist=10)["work"] == 1  # nothing to re-rank: one full search
+    assert evaluate.adaptive_retrieval(*problem, 4, shortlist=10)["work"] == pytest.approx(
+        (400 + 160) / 1600
+    )
+    assert evaluate.adaptive_retrieval(*problem, 1, shortlist=10)["work"] == pytest.approx(
+        (100 + 160) / 1600
+    )
+    assert evaluate.adaptive_retrieval(*problem, 4, shortlist=500)["work"] == pytest.approx(
+        (400 + 1600) / 1600
+    )
+    assert (
+        evaluate.adaptive_retrieval(*problem, 16, shortlist=10)["work"] == 1
+    )  # nothing to re-rank: one full search
 
 
 # ---- linear probe: scikit-learn with the same objective ------------------------------------------------------------
@@ -229,23 +274,41 @@ def test_linear_probe_is_scikit_learns(name):
     if "far" in name:
         train_x, test_x = train_x + 50, test_x + 50
     M, K = train_x.shape[1], len(FITS[name].get("labels", (0, 1, 2, 3)))
-    C = M * K / 100 * (2 if K == 2 else 1)  # scikit-learn fits one vector to two classes, which ours halve
+    C = (
+        M * K / 100 * (2 if K == 2 else 1)
+    )  # scikit-learn fits one vector to two classes, which ours halve
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an oracle that has not converged is none
-        theirs = linear_model.LogisticRegression(C=C, solver="newton-cg", tol=1e-10, max_iter=10_000)
+        theirs = linear_model.LogisticRegression(
+            C=C, solver="newton-cg", tol=1e-10, max_iter=10_000
+        )
         theirs.fit(train_x.double().numpy(), train_y.numpy())
     W, bias, classes = evaluate.fit_linear(train_x, train_y)
     assert classes.tolist() == theirs.classes_.tolist() == sorted(set(train_y.tolist()))
     rows, intercepts = theirs.coef_, theirs.intercept_
     if K == 2:
-        rows, intercepts = np.concatenate([-rows, rows]) / 2, np.concatenate([-intercepts, intercepts]) / 2
+        rows, intercepts = (
+            np.concatenate([-rows, rows]) / 2,
+            np.concatenate([-intercepts, intercepts]) / 2,
+        )
     W, bias = W.double().numpy(), bias.double().numpy()
-    W, rows = W - W.mean(0), rows - rows.mean(0)  # the same shift for all classes changes no prediction
+    W, rows = (
+        W - W.mean(0),
+        rows - rows.mean(0),
+    )  # the same shift for all classes changes no prediction
     scale = np.abs(rows).max(0)  # of each channel, so that a badly scaled one counts as much
     assert (np.abs(W - rows) / scale.clip(1e-3 * scale.max())).max() < 2e-3
-    logits = test_x.double().numpy() @ (W - rows).T + (bias - bias.mean()) - (intercepts - intercepts.mean())
-    assert np.abs(logits).max() < 1e-2 * max(1, np.abs(theirs.decision_function(test_x.double().numpy())).max())
-    assert np.abs((bias - bias.mean()) - (intercepts - intercepts.mean())).max() < 2e-3 * (1 + np.abs(intercepts).max())
+    logits = (
+        test_x.double().numpy() @ (W - rows).T
+        + (bias - bias.mean())
+        - (intercepts - intercepts.mean())
+    )
+    assert np.abs(logits).max() < 1e-2 * max(
+        1, np.abs(theirs.decision_function(test_x.double().numpy())).max()
+    )
+    assert np.abs((bias - bias.mean()) - (intercepts - intercepts.mean())).max() < 2e-3 * (
+        1 + np.abs(intercepts).max()
+    )
     predicted = theirs.predict(test_x.double().numpy())
     got, truth = evaluate.linear_probe(train_x, train_y, test_x, test_y), test_y.numpy()
     recalls = [(predicted[truth == label] == label).mean() for label in np.unique(truth)]
@@ -264,7 +327,10 @@ def test_the_linear_probe_stands_at_the_minimum_of_its_objective():
     p = np.exp(logits - logits.max(1, keepdims=True))
     residual = p / p.sum(1, keepdims=True) - np.eye(3)[y.numpy()]  # (n, K)
     assert np.abs(residual.sum(0)).max() < 1e-4
-    assert np.abs(residual.T @ x + 100 / (7 * 3) * W.numpy()).max() < 1e-4 * np.abs(residual.T @ x).max()
+    assert (
+        np.abs(residual.T @ x + 100 / (7 * 3) * W.numpy()).max()
+        < 1e-4 * np.abs(residual.T @ x).max()
+    )
 
 
 def test_linear_probe_on_one_class_and_on_a_class_that_only_the_test_set_has():
@@ -279,7 +345,9 @@ def test_linear_probe_on_one_class_and_on_a_class_that_only_the_test_set_has():
 def test_linear_probe_with_constant_and_repeated_channels():
     x, y, test_x, test_y = clusters(bank=100, dim=5, labels=(0, 1, 2), spread=1.6)
     plain = evaluate.linear_probe(x, y, test_x, test_y)
-    W, bias, _ = evaluate.fit_linear(torch.cat([x, x, torch.full((100, 1), 3.0), torch.zeros(100, 1)], 1), y)
+    W, bias, _ = evaluate.fit_linear(
+        torch.cat([x, x, torch.full((100, 1), 3.0), torch.zeros(100, 1)], 1), y
+    )
     assert W.isfinite().all() and bias.isfinite().all() and W[:, 10:].abs().max() < 1e-6
     torch.testing.assert_close(W[:, :5], W[:, 5:10], atol=1e-5, rtol=1e-4)
     assert 1 / 3 < plain["accuracy"] < 1
@@ -290,12 +358,20 @@ def test_overlap_of_hand_computed_confusions():
     assert evaluate.overlap(torch.tensor([[3, 1], [2, 4]])) == pytest.approx(
         {"mIoU": (3 / 6 + 4 / 7) / 2, "Dice": (6 / 9 + 8 / 11) / 2}
     )
-    absent = torch.tensor([[3, 0, 1], [0, 0, 0], [2, 0, 4]])  # class 1 in neither: it does not count
+    absent = torch.tensor(
+        [[3, 0, 1], [0, 0, 0], [2, 0, 4]]
+    )  # class 1 in neither: it does not count
     assert evaluate.overlap(absent) == evaluate.overlap(torch.tensor([[3, 1], [2, 4]]))
-    surplus = torch.tensor([[3, 0, 1], [0, 2, 0], [0, 0, 0]])  # class 2 is predicted, but nowhere true: it counts 0
-    assert evaluate.overlap(surplus) == pytest.approx({"mIoU": (3 / 4 + 1 + 0) / 3, "Dice": (6 / 7 + 1 + 0) / 3})
+    surplus = torch.tensor(
+        [[3, 0, 1], [0, 2, 0], [0, 0, 0]]
+    )  # class 2 is predicted, but nowhere true: it counts 0
+    assert evaluate.overlap(surplus) == pytest.approx(
+        {"mIoU": (3 / 4 + 1 + 0) / 3, "Dice": (6 / 7 + 1 + 0) / 3}
+    )
     missed = torch.tensor([[3, 0, 0], [0, 2, 0], [1, 0, 0]])  # class 2 is true, but never predicted
-    assert evaluate.overlap(missed) == pytest.approx({"mIoU": (3 / 4 + 1 + 0) / 3, "Dice": (6 / 7 + 1 + 0) / 3})
+    assert evaluate.overlap(missed) == pytest.approx(
+        {"mIoU": (3 / 4 + 1 + 0) / 3, "Dice": (6 / 7 + 1 + 0) / 3}
+    )
     assert evaluate.overlap(torch.diag(torch.tensor([5, 0, 10**9]))) == {"mIoU": 1.0, "Dice": 1.0}
     assert evaluate.overlap(torch.tensor([[0, 4], [6, 0]])) == {"mIoU": 0.0, "Dice": 0.0}
 
@@ -311,7 +387,9 @@ def test_overlap_equals_sets_of_pixels():
         a, b = set(np.flatnonzero(truth == label)), set(np.flatnonzero(predicted == label))
         ious.append(len(a & b) / len(a | b))
         dices.append(2 * len(a & b) / (len(a) + len(b)))
-    assert evaluate.overlap(confusion) == pytest.approx({"mIoU": np.mean(ious), "Dice": np.mean(dices)})
+    assert evaluate.overlap(confusion) == pytest.approx(
+        {"mIoU": np.mean(ious), "Dice": np.mean(dices)}
+    )
 
 
 def write_quadrants(root, n, size, values=(0, 1), related=True, suffix="png"):
@@ -337,7 +415,8 @@ def bright_patches(arch=None):
 
 
 @pytest.mark.parametrize(
-    ("size", "values"), [((64, 64), (0, 1)), ((128, 128), (0, 255)), ((150, 120), (2, 5)), ((40, 52), (7, 1))]
+    ("size", "values"),
+    [((64, 64), (0, 1)), ((128, 128), (0, 255)), ((150, 120), (2, 5)), ((40, 52), (7, 1))],
 )
 def test_dense_probe_finds_what_the_patches_hold(tmp_path, size, values):
     write_quadrants(tmp_path / "train", 24, size, values)
@@ -353,7 +432,9 @@ def test_dense_probe_finds_what_the_patches_hold(tmp_path, size, values):
 def test_dense_probe_finds_nothing_where_nothing_is(tmp_path):
     write_quadrants(tmp_path / "train", 24, (64, 64), related=False)
     write_quadrants(tmp_path / "test", 10, (64, 64), related=False)
-    [row] = evaluate.report({"student": (bright_patches(), [48])}, [tmp_path], str(tmp_path), 0, ["dense"])
+    [row] = evaluate.report(
+        {"student": (bright_patches(), [48])}, [tmp_path], str(tmp_path), 0, ["dense"]
+    )
     [(_, scores)] = row["scores"].items()
     assert scores["dense"]["mIoU"] < 0.6
 
@@ -362,22 +443,40 @@ def test_dense_probe_equals_scikit_learn_pillow_and_numpy(tmp_path):
     """By other means: tiles read by Pillow, tokens fitted by scikit-learn, pixels counted class by class."""
     linear_model = oracle("sklearn.linear_model")
     write_quadrants(tmp_path, 20, (90, 70), values=(0, 3))  # the last fifth is for testing
-    for i, path in enumerate(sorted((tmp_path / "masks").iterdir())):  # a third class that no pixel shows
+    for i, path in enumerate(
+        sorted((tmp_path / "masks").iterdir())
+    ):  # a third class that no pixel shows
         mask = np.array(Image.open(path))
         mask[20:40, 10 + i : 40 + i] = 9
         Image.fromarray(mask).save(path)
     student, dim = bright_patches(), 7
     tokens, masks = [], []
     for i in range(20):
-        image, mask = (Image.open(tmp_path / folder / f"{i:02d}.png") for folder in ("images", "masks"))
+        image, mask = (
+            Image.open(tmp_path / folder / f"{i:02d}.png") for folder in ("images", "masks")
+        )
         image = image.resize((82, 64), Image.Resampling.BICUBIC).crop((9, 0, 73, 64))
         masks.append(np.array(mask.resize((82, 64), Image.Resampling.NEAREST).crop((9, 0, 73, 64))))
         with torch.no_grad():
-            tokens.append(student(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])["patches"][0, :, :dim])
-    tokens, masks = torch.stack(tokens).double().numpy(), np.stack(masks)  # (20, 64, dim), (20, 64, 64)
-    x, y = tokens[:16].reshape(-1, dim), masks[:16, 4::8, 4::8].reshape(-1)  # a patch is what its centre is
-    theirs = linear_model.LogisticRegression(C=dim * 3 / 100, solver="newton-cg", tol=1e-9, max_iter=10_000).fit(x, y)
-    logits = torch.from_numpy(np.stack([theirs.decision_function(z).T.reshape(3, 8, 8) for z in tokens[16:]]))
+            tokens.append(
+                student(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])["patches"][
+                    0, :, :dim
+                ]
+            )
+    tokens, masks = (
+        torch.stack(tokens).double().numpy(),
+        np.stack(masks),
+    )  # (20, 64, dim), (20, 64, 64)
+    x, y = (
+        tokens[:16].reshape(-1, dim),
+        masks[:16, 4::8, 4::8].reshape(-1),
+    )  # a patch is what its centre is
+    theirs = linear_model.LogisticRegression(
+        C=dim * 3 / 100, solver="newton-cg", tol=1e-9, max_iter=10_000
+    ).fit(x, y)
+    logits = torch.from_numpy(
+        np.stack([theirs.decision_function(z).T.reshape(3, 8, 8) for z in tokens[16:]])
+    )
     logits = torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear").numpy()
     predicted, truth = theirs.classes_[logits.argmax(1)], masks[16:]
     ious, dices = [], []
@@ -388,7 +487,9 @@ def test_dense_probe_equals_scikit_learn_pillow_and_numpy(tmp_path):
     assert 0.3 < np.mean(ious) < 0.97
     [row] = evaluate.report({"student": (student, [dim])}, [tmp_path], str(tmp_path), 0, ["dense"])
     [(_, scores)] = row["scores"].items()
-    assert scores["dense"] == pytest.approx({"mIoU": np.mean(ious), "Dice": np.mean(dices)}, abs=1e-3)
+    assert scores["dense"] == pytest.approx(
+        {"mIoU": np.mean(ious), "Dice": np.mean(dices)}, abs=1e-3
+    )
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
@@ -401,21 +502,37 @@ def write_run(folder, nested=(4, 8), seed=0, teachers=(), **arch):
     """A run folder as train.py leaves it, of a student with random weights."""
     arch = STUDENTS["toy"] | arch
     student = randomise(Student(arch, {}, list(nested)), seed)
-    with torch.no_grad():  # the image outweighs what is the same for every image, so that neighbours are well apart
+    with (
+        torch.no_grad()
+    ):  # the image outweighs what is the same for every image, so that neighbours are well apart
         for name, p in student.named_parameters():
             p *= 0.1 if name.endswith(("bias", "token", "pos_embed")) else 3 if p.ndim > 1 else 1
-    config = {"arch": arch, "nested_dims": [*nested, arch["width"]], "teachers": list(teachers), "step": 1, "steps": 2}
-    config |= {"student": "toy", "licences": {"uni": "CC-BY-NC-ND-4.0; binds students: yes", "virchow": "Apache-2.0"}}
+    config = {
+        "arch": arch,
+        "nested_dims": [*nested, arch["width"]],
+        "teachers": list(teachers),
+        "step": 1,
+        "steps": 2,
+    }
+    config |= {
+        "student": "toy",
+        "licences": {"uni": "CC-BY-NC-ND-4.0; binds students: yes", "virchow": "Apache-2.0"},
+    }
     config |= {"teacher_recipe": {"steps": 2, "seed": 0}}
     folder.mkdir(parents=True)
-    torch.save({"state_dict": student.backbone.state_dict(), "config": config}, folder / "student.pt")
+    torch.save(
+        {"state_dict": student.backbone.state_dict(), "config": config}, folder / "student.pt"
+    )
     return folder
 
 
 def write_log(folder):
     with open(folder / "log.jsonl", "w") as file:
         for step in (1, 2, 3):
-            terms = {"uni/summary_cos": {"48": 0.5 / step, "4": 0.6 / step}, "uni/patches_l1": {"48": 1, "4": 2}}
+            terms = {
+                "uni/summary_cos": {"48": 0.5 / step, "4": 0.6 / step},
+                "uni/patches_l1": {"48": 1, "4": 2},
+            }
             line = {"step": step, "loss": 9 / step, "lr": 1e-3, "tiles_per_s": 7, "terms": terms}
             file.write(json.dumps(line) + "\n")
 
@@ -477,9 +594,13 @@ def test_command_line_on_a_labelled_folder(tmp_path, run, cli, capsys):
     cli(run, "--data", root)
     result = results(run)[str(root)]
     rows = result["rows"]
-    assert [row["dim"] for row in rows] == [4, 8, 48] and {row["model"] for row in rows} == {str(run)}
+    assert [row["dim"] for row in rows] == [4, 8, 48] and {row["model"] for row in rows} == {
+        str(run)
+    }
     [(_, scores)] = rows[-1]["scores"].items()
-    assert scores["knn"] == scores["linear"] == {"accuracy": 1.0, "balanced_accuracy": 1.0}  # dark against light
+    assert (
+        scores["knn"] == scores["linear"] == {"accuracy": 1.0, "balanced_accuracy": 1.0}
+    )  # dark against light
     assert scores["retrieval"] == dict.fromkeys(("Acc@1", "Acc@3", "Acc@5", "mMV@5"), 1.0)
     assert scores["adaptive"] == {"Acc@1": 1.0, "work": 1.0} and "dense" not in scores  # no masks
     count = sum(p.numel() for p in load_student(run)[0].backbone.parameters())
@@ -526,7 +647,9 @@ def test_one_task_alone(run, cli, task):
     [row] = results(run)["synthetic tissue"]["rows"]
     assert row["dim"] == 7
     labels = {"nuclei"} if task == "dense" else {"cells", "tissue"}
-    assert {label: set(scores) for label, scores in row["scores"].items() if scores} == {key: {task} for key in labels}
+    assert {label: set(scores) for label, scores in row["scores"].items() if scores} == {
+        key: {task} for key in labels
+    }
     assert set(results(run)["synthetic tissue"]["protocol"]) == {task}
 
 
@@ -543,7 +666,10 @@ def test_wrong_flags_end_in_one_line(tmp_path, run, refused, tissue):
     out = tmp_path / "x.npz"
     (tmp_path / "exists.pt").write_bytes(b"mine")
     for flags, expected in (
-        (["--tasks", "knn,cluster"], "--tasks: choose from knn, linear, retrieval, adaptive, dense"),
+        (
+            ["--tasks", "knn,cluster"],
+            "--tasks: choose from knn, linear, retrieval, adaptive, dense",
+        ),
         (["--tasks", ""], "--tasks: choose from"),
         (["--tasks", "dense", "--data", tissue], "--tasks: .* masks"),
         (["--tasks", "knn,linear", "--data", tmp_path / "masked"], "--tasks: .* classes"),
@@ -604,7 +730,9 @@ def test_the_model_card_keeps_one_section_a_title_the_newest(tmp_path, run, cli,
     assert titles == [str(tissue), repr(str(other))[1:-1], "synthetic tissue"]
     assert "knn" in first and "retrieval" in sections[-1] and "knn" not in sections[-1]
     for section in sections:
-        assert section.count("```text\n") == 1 and section.endswith("\n```\n") and str(run) in section
+        assert (
+            section.count("```text\n") == 1 and section.endswith("\n```\n") and str(run) in section
+        )
 
 
 def test_students_of_two_sizes_stand_side_by_side(tmp_path, run, cli, tissue):
@@ -622,7 +750,9 @@ def test_students_of_two_sizes_stand_side_by_side(tmp_path, run, cli, tissue):
         assert row["scores"]["nuclei"]["dense"]["Dice"] > 0.3
 
 
-def test_the_dense_probe_of_a_run_does_not_depend_on_what_stands_beside_it(tmp_path, run, cli, monkeypatch):
+def test_the_dense_probe_of_a_run_does_not_depend_on_what_stands_beside_it(
+    tmp_path, run, cli, monkeypatch
+):
     """Also where it is fitted on a part of the tokens, as on the default number of synthetic tiles."""
     monkeypatch.setattr(evaluate, "TOKENS", 300)  # of 24 x 64
     other = write_run(tmp_path / "other", seed=1)
@@ -637,8 +767,13 @@ def test_the_dense_probe_of_a_run_does_not_depend_on_what_stands_beside_it(tmp_p
 def test_offline_teachers_beside_a_run(tmp_path, cli):
     run = write_run(tmp_path / "taught", teachers=["toy_cells", "uni"])
     cli(run, "--tasks", "knn,dense", "--dims", "8")
-    rows = results(run)["synthetic tissue"]["rows"]  # the run's offline teachers by default, at their full width
-    assert [(row["model"], row["dim"]) for row in rows] == [(str(run), 8), ("teacher toy_cells", 128)]
+    rows = results(run)["synthetic tissue"][
+        "rows"
+    ]  # the run's offline teachers by default, at their full width
+    assert [(row["model"], row["dim"]) for row in rows] == [
+        (str(run), 8),
+        ("teacher toy_cells", 128),
+    ]
     cli(run, "--tasks", "knn", "--dims", "8", "--teachers", "toy_tissue,toy_cells")
     models = [row["model"] for row in results(run)["synthetic tissue"]["rows"]]
     assert models == [str(run), "teacher toy_tissue", "teacher toy_cells"]
@@ -675,8 +810,13 @@ def test_unreadable_tiles_are_left_out_and_named(tmp_path, run, cli, capsys):
     student, _ = load_student(run)  # the same numbers as from the readable tiles alone
     sides = []
     for files, targets in ((train[0][:-2], train[1]), test):
-        images = [torch.from_numpy(np.array(Image.open(root / file))).permute(2, 0, 1) for file in files]
-        sides += [evaluate.embed(student, torch.stack(images))[:, :8], torch.tensor(targets["class"][: len(files)])]
+        images = [
+            torch.from_numpy(np.array(Image.open(root / file))).permute(2, 0, 1) for file in files
+        ]
+        sides += [
+            evaluate.embed(student, torch.stack(images))[:, :8],
+            torch.tensor(targets["class"][: len(files)]),
+        ]
     [row] = result["rows"]
     assert row["scores"]["class"]["knn"] == pytest.approx(evaluate.knn(*sides), abs=1e-3)
 
@@ -694,7 +834,9 @@ def test_a_mask_that_is_missing_is_left_out_of_the_dense_probe(tmp_path, run, cl
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_without_matplotlib_one_line_says_so_and_all_else_runs(run, cli, capsys, monkeypatch, missing):
+def test_without_matplotlib_one_line_says_so_and_all_else_runs(
+    run, cli, capsys, monkeypatch, missing
+):
     if missing:
         for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
             monkeypatch.delitem(sys.modules, name)
@@ -703,9 +845,16 @@ def test_without_matplotlib_one_line_says_so_and_all_else_runs(run, cli, capsys,
         oracle("matplotlib")
     cli(run, "--tasks", "knn")
     printed = capsys.readouterr()
-    lines = [line for line in (printed.out + printed.err).splitlines() if "pip install matplotlib" in line]
+    lines = [
+        line
+        for line in (printed.out + printed.err).splitlines()
+        if "pip install matplotlib" in line
+    ]
     assert len(lines) == missing
-    assert results(run)["synthetic tissue"]["rows"] and (run / "patches-synthetic-tissue-64px.png").exists()
+    assert (
+        results(run)["synthetic tissue"]["rows"]
+        and (run / "patches-synthetic-tissue-64px.png").exists()
+    )
     assert (run / "curves-synthetic-tissue.png").exists() != missing
 
 
@@ -757,7 +906,14 @@ def test_embed_batches_do_not_matter():
 
 def timm_student(path):
     """The toy student's architecture as timm has it, weights from a file of ours."""
-    arch = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 5, "num_heads": 3, "reg_tokens": 1}
+    arch = {
+        "img_size": 64,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 5,
+        "num_heads": 3,
+        "reg_tokens": 1,
+    }
     model = oracle("timm").create_model(
         "vit_base_patch14_reg4_dinov2", num_classes=0, checkpoint_path=str(path), **arch
     )
@@ -768,13 +924,19 @@ def timm_features(model, folder):
     """Features of all tiles of a class folder by Pillow, timm and its own normalisation -> x, y."""
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     files = sorted(folder.rglob("*.png"))
-    pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
+    pixels = torch.stack(
+        [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files]
+    )
     with torch.no_grad():
-        return model((pixels / 255 - mean) / std), torch.tensor([int(file.parent.name) for file in files])
+        return model((pixels / 255 - mean) / std), torch.tensor(
+            [int(file.parent.name) for file in files]
+        )
 
 
 @pytest.mark.parametrize("dim", [7, 48])
-def test_the_exported_student_loaded_by_timm_alone_gives_the_same_numbers(tmp_path, run, cli, capsys, tissue, dim):
+def test_the_exported_student_loaded_by_timm_alone_gives_the_same_numbers(
+    tmp_path, run, cli, capsys, tissue, dim
+):
     cut = tmp_path / "cut.pt"
     cli(run, "--dim", dim, "--out", cut)
     assert str(cut) in capsys.readouterr().out
@@ -812,13 +974,17 @@ def test_an_existing_file_is_never_overwritten(tmp_path, run, refused, tissue):
         assert (tmp_path / name).read_bytes() == b"mine"
 
 
-def test_export_holds_the_cut_embeddings_paths_and_licences(tmp_path, run, cli, monkeypatch, capsys):
+def test_export_holds_the_cut_embeddings_paths_and_licences(
+    tmp_path, run, cli, monkeypatch, capsys
+):
     write_tiles(tmp_path / "tiles" / "a", 70, (90, 70))
     write_tiles(tmp_path / "tiles" / "b", 60, (64, 64))
     (tmp_path / "tiles" / "a" / "tile_003.png").write_bytes(b"broken")
     cli(run, "--embed", tmp_path / "tiles", "--dim", 7, "--out", tmp_path / "x.npz")
     exported = np.load(tmp_path / "x.npz")  # no pickle inside
-    names = [f"a/tile_{i:03d}.png" for i in range(70) if i != 3] + [f"b/tile_{i:03d}.png" for i in range(60)]
+    names = [f"a/tile_{i:03d}.png" for i in range(70) if i != 3] + [
+        f"b/tile_{i:03d}.png" for i in range(60)
+    ]
     assert exported["paths"].tolist() == names and exported["embeddings"].shape == (129, 7)
     assert (exported["dim"], exported["model"], exported["step"]) == (7, "toy", 1)
     licences = ["uni: CC-BY-NC-ND-4.0; binds students: yes", "virchow: Apache-2.0"]
@@ -832,12 +998,16 @@ def test_export_holds_the_cut_embeddings_paths_and_licences(tmp_path, run, cli, 
         pixels = torch.from_numpy(np.array(image.crop((left, 0, left + 64, 64)))).permute(2, 0, 1)
         with torch.no_grad():
             expected = student(pixels[None])["summary"][0, :7]
-        torch.testing.assert_close(torch.from_numpy(exported["embeddings"][i]), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.from_numpy(exported["embeddings"][i]), expected, atol=1e-4, rtol=1e-4
+        )
     cli(run, "--embed", tmp_path / "tiles" / "b", "--half", "--out", tmp_path / "y.npz")
     half = np.load(tmp_path / "y.npz")["embeddings"]
     assert half.dtype == np.float16 and half.shape == (60, 48)
     np.testing.assert_allclose(half[:, :7], exported["embeddings"][69:], atol=2e-3, rtol=2e-3)
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(InputError, match="cannot write .*z.npz: .*No space left"):
         cli(run, "--embed", tmp_path / "tiles", "--out", tmp_path / "z.npz")
     assert not list(tmp_path.glob("z.npz*"))

@@ -35,7 +35,9 @@ def replace(folder, exercise: str) -> None:
     for part in name.split("."):
         [node] = [x for x in node.body if getattr(x, "name", "") == part]
     lines = source.splitlines(keepends=True)
-    (folder / file).write_text("".join(lines[: node.lineno - 1]) + new + "".join(lines[node.end_lineno :]))
+    (folder / file).write_text(
+        "".join(lines[: node.lineno - 1]) + new + "".join(lines[node.end_lineno :])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,28 +58,42 @@ def copy(tmp_path, demo):
 def python(folder, *words: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     result = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def log(folder, run: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / "runs" / run / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "runs" / run / "log.jsonl").read_text().splitlines()
+    ]
 
 
 def test_eight_exercises_each_with_files_command_result_and_reason():
     assert list(SECTIONS) == list("12345678")
     for section in SECTIONS.values():
-        assert all(word in section for word in ("**Files**", "**Run**", "**What should come out.**", "**Why.**"))
+        assert all(
+            word in section
+            for word in ("**Files**", "**Run**", "**What should come out.**", "**Why.**")
+        )
 
 
 def test_random_projections_against_nesting(demo):
     [script] = code("1")
     assert script.count("draw(1024)") == 1
     (demo / "cuts.py").write_text(script.replace("draw(1024)", "draw(96)"))
-    rows = re.findall(r"(\d) channels, (\w+): cells ([\d.]+)%, tissue ([\d.]+)%", python(demo, "cuts.py"))
-    assert [(m, name) for m, name, *_ in rows] == [(m, name) for m in "248" for name in ("prefix", "random", "PCA")]
+    rows = re.findall(
+        r"(\d) channels, (\w+): cells ([\d.]+)%, tissue ([\d.]+)%", python(demo, "cuts.py")
+    )
+    assert [(m, name) for m, name, *_ in rows] == [
+        (m, name) for m in "248" for name in ("prefix", "random", "PCA")
+    ]
     student, _ = load_student(demo / "runs/demo")
     bank, test = (TissueTiles(stream, 0).draw(96) for stream in ("bank", "test"))
     z, q = (embed(student, tiles["image"]) for tiles in (bank, test))
@@ -85,7 +101,9 @@ def test_random_projections_against_nesting(demo):
         z_m, q_m = (x[:, : int(m)] - z[:, : int(m)].mean(0) for x in (z, q))
         for label, score in zip(("cells", "tissue"), scores):
             ours = 100 * knn(z_m, bank[label], q_m, test[label])["accuracy"]
-            assert float(score) == pytest.approx(ours, abs=1.1)  # another order of sums can move one tile of 96
+            assert float(score) == pytest.approx(
+                ours, abs=1.1
+            )  # another order of sums can move one tile of 96
 
 
 def test_plain_mse_on_raw_features(copy):
@@ -106,7 +124,9 @@ def test_sampled_dims(copy):
     python(copy, "train.py", "--out", "runs/sampled", *TINY.split())
     dims = [list(line["terms"]["toy_cells/summary_cos"]) for line in log(copy, "sampled")]
     assert len(dims) == 8 and all(first == "48" for first, _ in dims)
-    assert {second for _, second in dims} <= {"2", "4", "8", "16"} and len({second for _, second in dims}) > 1
+    assert {second for _, second in dims} <= {"2", "4", "8", "16"} and len(
+        {second for _, second in dims}
+    ) > 1
 
 
 def test_shared_heads(copy):
@@ -114,17 +134,23 @@ def test_shared_heads(copy):
     replace(copy, "5")
     python(copy, "train.py", "--out", "runs/shared", *TINY.split())
     last = torch.load(copy / "runs/shared/last.pt", weights_only=True)["student"]
-    script = "import torch; from student import *; torch.manual_seed(0); from train import DEFAULTS\n"
+    script = (
+        "import torch; from student import *; torch.manual_seed(0); from train import DEFAULTS\n"
+    )
     script += "s = Student('toy', {'toy_cells': 128, 'toy_tissue': 128}, DEFAULTS['toy']['dims'])\n"
     script += "torch.save(s.state_dict(), 'first.pt')\n"
     script += "z = {'summary': torch.randn(3, 48), 'patches': torch.randn(3, 4, 48)}\n"
     script += "cut = {kind: torch.cat([x[..., :4], torch.randn_like(x[..., 4:])], -1) for kind, x in z.items()}\n"
     script += "a, b = (s.adapt(tokens, 4)['toy_cells']['patches'] for tokens in (z, cut)); print(torch.equal(a, b))\n"
-    script += "print(torch.equal(*(s.adapt(tokens, 8)['toy_cells']['patches'] for tokens in (z, cut))))"
+    script += (
+        "print(torch.equal(*(s.adapt(tokens, 8)['toy_cells']['patches'] for tokens in (z, cut))))"
+    )
     assert python(copy, "-c", script).split() == ["True", "False"]
     first = torch.load(copy / "first.pt", weights_only=True)
     moved = {
-        key.split(".")[2] for key in last if key.startswith("adaptors.") and not torch.equal(first[key], last[key])
+        key.split(".")[2]
+        for key in last
+        if key.startswith("adaptors.") and not torch.equal(first[key], last[key])
     }
     assert moved == {"48"}
 
@@ -138,5 +164,11 @@ def test_grouped_splits(tmp_path):
                 path.rename(path.with_name(f"{label}{slide}_{path.stem[-1]}.jpg"))
     python(tmp_path, "-c", code("6")[0])
     found = labelled_files(tmp_path / "DIR")
-    slides = {split: {Path(file).name.split("_")[0] for file in files} for split, (files, _) in found.items()}
-    assert sum(len(files) for files, _ in found.values()) == 40 and not slides["train"] & slides["test"]
+    slides = {
+        split: {Path(file).name.split("_")[0] for file in files}
+        for split, (files, _) in found.items()
+    }
+    assert (
+        sum(len(files) for files, _ in found.values()) == 40
+        and not slides["train"] & slides["test"]
+    )

@@ -37,10 +37,15 @@ def plain_loss(student, tokens, targets):
     """Teachers, dims, tokens: one number at a time, straight from DESIGN's equation."""
 
     def cosine(a, b):
-        return sum(x * y for x, y in zip(a, b)) / (math.hypot(*map(float, a)) * math.hypot(*map(float, b)))
+        return sum(x * y for x, y in zip(a, b)) / (
+            math.hypot(*map(float, a)) * math.hypot(*map(float, b))
+        )
 
     def cosine_term(h, y):  # mean over rows of 1 - cos, differentiable
-        rows = [1 - (a * b).sum() / (a.pow(2).sum().sqrt() * b.pow(2).sum().sqrt()) for a, b in zip(h, y)]
+        rows = [
+            1 - (a * b).sum() / (a.pow(2).sum().sqrt() * b.pow(2).sum().sqrt())
+            for a, b in zip(h, y)
+        ]
         assert abs(float(rows[0].detach()) - (1 - float(cosine(h[0].detach(), y[0])))) < 1e-5
         return sum(rows) / len(rows)
 
@@ -62,13 +67,21 @@ def plain_loss(student, tokens, targets):
 
 def test_nested_loss_equals_the_plain_loop_in_value_and_gradient(student, targets):
     grads = []
-    for loss_of in (lambda z: nested_loss(student, z, targets)[0], lambda z: plain_loss(student, z, targets)):
+    for loss_of in (
+        lambda z: nested_loss(student, z, targets)[0],
+        lambda z: plain_loss(student, z, targets),
+    ):
         z = {kind: value.requires_grad_() for kind, value in random_tokens(3, 5, 48, 7).items()}
         student.zero_grad()
         loss = loss_of(z)
         loss.backward()
         grads.append(
-            [loss.detach(), z["summary"].grad, z["patches"].grad, *(p.grad for p in student.adaptors.parameters())]
+            [
+                loss.detach(),
+                z["summary"].grad,
+                z["patches"].grad,
+                *(p.grad for p in student.adaptors.parameters()),
+            ]
         )
     assert all(g is not None and g.abs().sum() > 0 for g in grads[0])
     for ours, plain in zip(*grads):
@@ -124,7 +137,9 @@ def test_hadamard_refuses_other_sizes_and_names_the_way_out(n):
 def correlated(n, D, seed=0):
     rng = np.random.default_rng(seed)
     scales = 10.0 ** rng.uniform(-3, 2, D)  # near-dead and dominant channels
-    return rng.standard_normal((n, D)) @ (rng.standard_normal((D, D)) * scales) + 5 * rng.standard_normal(D)
+    return rng.standard_normal((n, D)) @ (
+        rng.standard_normal((D, D)) * scales
+    ) + 5 * rng.standard_normal(D)
 
 
 @pytest.mark.parametrize("D", [48, 40])
@@ -139,7 +154,9 @@ def test_standardizer_against_numpy(mode, D):
         eigenvalues, U = (part.numpy() for part in torch.linalg.eigh(torch.from_numpy(covariance)))
         H = hadamard(D).numpy() / math.sqrt(D)
         expected = (y - mean) @ (H @ U.T).T / math.sqrt(eigenvalues.mean())
-        np.testing.assert_allclose(expected.var(0), 1, rtol=1e-6)  # the promise of PHI-S, in float64
+        np.testing.assert_allclose(
+            expected.var(0), 1, rtol=1e-6
+        )  # the promise of PHI-S, in float64
     elif mode == "channel":
         expected = (y - mean) / np.sqrt(np.diag(covariance))
     else:
@@ -149,12 +166,16 @@ def test_standardizer_against_numpy(mode, D):
     if mode != "none":
         np.testing.assert_allclose(got.mean(0), 0, atol=1e-4)
         np.testing.assert_allclose(got.var(0), 1, rtol=1e-3)
-    back = got * ours.scale.numpy() @ ours.rotation.numpy() + ours.mean.numpy()  # R^T (scale * y_t) + mean
+    back = (
+        got * ours.scale.numpy() @ ours.rotation.numpy() + ours.mean.numpy()
+    )  # R^T (scale * y_t) + mean
     np.testing.assert_allclose(back, y, atol=1e-5 * np.abs(y).max())
 
 
 def test_measure_sums_moments_over_batches_and_keeps_summary_and_patches_apart():
-    batches = [{t: random_tokens(n, 6, D, n) for t, D in (("a", 48), ("b", 40))} for n in (3, 64, 65)]
+    batches = [
+        {t: random_tokens(n, 6, D, n) for t, D in (("a", 48), ("b", 40))} for n in (3, 64, 65)
+    ]
     for batch in batches:
         batch["a"]["patches"] = batch["a"]["patches"] * 100 + 3
     standardizers = Standardizers({"a": 48, "b": 40}, "phi-s")
@@ -162,8 +183,12 @@ def test_measure_sums_moments_over_batches_and_keeps_summary_and_patches_apart()
     for t in ("a", "b"):
         for kind in ("summary", "patches"):
             every = torch.cat([standardizers(batch)[t][kind].flatten(0, -2) for batch in batches])
-            torch.testing.assert_close(every.mean(0), torch.zeros(every.shape[1]), atol=1e-4, rtol=0)
-            torch.testing.assert_close(every.var(0, unbiased=False), torch.ones(every.shape[1]), atol=1e-3, rtol=0)
+            torch.testing.assert_close(
+                every.mean(0), torch.zeros(every.shape[1]), atol=1e-4, rtol=0
+            )
+            torch.testing.assert_close(
+                every.var(0, unbiased=False), torch.ones(every.shape[1]), atol=1e-3, rtol=0
+            )
 
 
 def test_standardizer_is_float32_under_autocast_and_frozen():
@@ -173,7 +198,11 @@ def test_standardizer_is_float32_under_autocast_and_frozen():
     with torch.autocast("cpu", torch.bfloat16):
         got = standardizer(y)
     assert got.dtype == torch.float32 and torch.equal(got, standardizer(y))
-    assert not list(standardizer.parameters()) and set(standardizer.state_dict()) == {"mean", "rotation", "scale"}
+    assert not list(standardizer.parameters()) and set(standardizer.state_dict()) == {
+        "mean",
+        "rotation",
+        "scale",
+    }
 
 
 def test_a_constant_teacher_is_refused_by_name():

@@ -28,7 +28,9 @@ def out(tmp_path, weights_dir):
             "student": "toy",
             "teachers": [],
         }
-        data.save_atomically({"state_dict": student.backbone.state_dict(), "config": config}, folder / "student.pt")
+        data.save_atomically(
+            {"state_dict": student.backbone.state_dict(), "config": config}, folder / "student.pt"
+        )
     for name in miniature.TASKS.values():
         load_teacher(name, weights_dir, steps=STEPS)
     return tmp_path
@@ -41,12 +43,18 @@ def test_every_model_dim_task_and_probe_is_measured_and_untrained_students_fail_
     scores = miniature.measure(out, weights_dir, 0, STEPS, None)
     for name in miniature.STUDENTS:
         for key in (
-            (name, m, label, probe) for m in miniature.DIMS for label in miniature.TASKS for probe in miniature.PROBES
+            (name, m, label, probe)
+            for m in miniature.DIMS
+            for label in miniature.TASKS
+            for probe in miniature.PROBES
         ):
             assert 0 <= scores[key] <= 100
     assert not any("histograms" in key[0] for key in scores)
     values = miniature.report([scores, scores])
-    assert values["student of both", 48, "cells", "kNN"].tolist() == [scores["student of both", 48, "cells", "kNN"]] * 2
+    assert (
+        values["student of both", 48, "cells", "kNN"].tolist()
+        == [scores["student of both", 48, "cells", "kNN"]] * 2
+    )
     assert not miniature.claims(values, 87.4)
     printed = capsys.readouterr().out
     assert "student of both, PCA" in printed and "wanted >= 10" in printed and "NO" in printed
@@ -56,7 +64,11 @@ def test_every_model_dim_task_and_probe_is_measured_and_untrained_students_fail_
 
 def test_claims_hold_exactly_at_the_margins():
     """Every difference of the three claims, moved one by one just below what is asked."""
-    both, flat, cut = "student of both", "student of both, not nested", "student of both, random projection"
+    both, flat, cut = (
+        "student of both",
+        "student of both, not nested",
+        "student of both, random projection",
+    )
     values = {}
     for label, teacher in miniature.TASKS.items():
         for probe in miniature.PROBES:
@@ -68,20 +80,31 @@ def test_claims_hold_exactly_at_the_margins():
             values[cut, 2, label, probe] = 59.9
     as_arrays = {key: np.array([value]) for key, value in values.items()}
     assert miniature.claims(as_arrays, 86.0) and not miniature.claims(as_arrays, 85.9)
-    moves = [(f"teacher {t}", 128, label, p, 0.1) for label, t in miniature.TASKS.items() for p in miniature.PROBES]
+    moves = [
+        (f"teacher {t}", 128, label, p, 0.1)
+        for label, t in miniature.TASKS.items()
+        for p in miniature.PROBES
+    ]
     for label, teacher in miniature.TASKS.items():
         other = next(t for t in miniature.TASKS.values() if t != teacher)
         for probe in miniature.PROBES:
             moves += [(f"student of {other}", 48, label, probe, 0.1), (flat, 48, label, probe, 0.1)]
             moves += [(flat, 2, label, probe, 0.1), (cut, 2, label, probe, 0.1)]
     for *key, step in moves:
-        assert not miniature.claims({**as_arrays, tuple(key): as_arrays[tuple(key)] + step}, 86.0), key
+        assert not miniature.claims(
+            {**as_arrays, tuple(key): as_arrays[tuple(key)] + step}, 86.0
+        ), key
 
 
 def test_cuts_are_prefixes_principal_axes_and_one_random_projection_for_both_splits():
     generator = torch.Generator().manual_seed(0)
-    x = {name: {s: torch.randn(90, 48, generator=generator) for s in ("train", "test")} for name in miniature.STUDENTS}
-    x["teacher toy_cells"] = {s: torch.randn(90, 128, generator=generator) for s in ("train", "test")}
+    x = {
+        name: {s: torch.randn(90, 48, generator=generator) for s in ("train", "test")}
+        for name in miniature.STUDENTS
+    }
+    x["teacher toy_cells"] = {
+        s: torch.randn(90, 128, generator=generator) for s in ("train", "test")
+    }
     cuts = miniature.cuts(x, seed=0)
     whole = x["student of both"]
     for m in miniature.DIMS[:-1]:
@@ -108,9 +131,16 @@ def test_real_tiles_and_their_colour_histograms(tmp_path, out, weights_dir):
     assert labels["train"]["class"].bincount().tolist() == [4, 4]
     got = miniature.histograms(images["train"])
     expected = [
-        np.concatenate([np.histogram(channel, bins=16, range=(0, 256))[0] / 4096 for channel in image.numpy()])
+        np.concatenate(
+            [np.histogram(channel, bins=16, range=(0, 256))[0] / 4096 for channel in image.numpy()]
+        )
         for image in images["train"]
     ]
     np.testing.assert_allclose(got.numpy(), np.array(expected), atol=1e-6)
     scores = miniature.measure(out, weights_dir, 0, STEPS, str(tmp_path / "labelled"))
-    assert {key[2] for key in scores} == {"class"} and ("colour histograms", 48, "class", "kNN") in scores
+    assert {key[2] for key in scores} == {"class"} and (
+        "colour histograms",
+        48,
+        "class",
+        "kNN",
+    ) in scores

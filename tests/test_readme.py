@@ -50,7 +50,9 @@ def run(command, folder):
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
         words[words.index("8")] = "2"
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
 
 
 def test_all_commands_in_order(copy):
@@ -62,15 +64,25 @@ def test_all_commands_in_order(copy):
             continue  # this is it
         tiny = TINY if "train.py" in script and "--resume" not in script else ""
         result = run(f"{script} {tiny}", copy)
-        if "--teachers uni,virchow" in script:  # no weights here: one line that says how to get them
+        if (
+            "--teachers uni,virchow" in script
+        ):  # no weights here: one line that says how to get them
             # torchrun reports a failed process in its own words, so there the line stands among others
-            lines = [line for line in result.stderr.splitlines() if line.startswith("train.py: no weights for uni: ")]
-            assert result.returncode != 0 and lines and "paige-ai/Virchow" in lines[0], result.stderr
+            lines = [
+                line
+                for line in result.stderr.splitlines()
+                if line.startswith("train.py: no weights for uni: ")
+            ]
+            assert result.returncode != 0 and lines and "paige-ai/Virchow" in lines[0], (
+                result.stderr
+            )
         else:
             assert result.returncode == 0, f"{script}: {result.stderr}"
         if script == "python train.py":  # what the README shows of it, and no budget changes
             shown = [
-                line for line in blocks("text")[0].splitlines() if re.match(r"student toy: |teacher toy_\w+: ", line)
+                line
+                for line in blocks("text")[0].splitlines()
+                if re.match(r"student toy: |teacher toy_\w+: ", line)
             ]
             assert len(shown) == 3 and set(shown) <= set(result.stdout.splitlines())
         seen.append(script.split()[1])
@@ -89,7 +101,12 @@ def test_inline_commands_name_what_there_is():
     for command in (span for span in inline_commands() if re.match(r"python \S+\.py", span)):
         _, script, *words = shlex.split(command)
         assert (ROOT / script).exists(), command
-        if script == "train.py" and "..." not in command and "--help" not in words and "RUN" not in words:
+        if (
+            script == "train.py"
+            and "..." not in command
+            and "--help" not in words
+            and "RUN" not in words
+        ):
             parse_args(words)
         elif given := [word for word in words if word.startswith("--")]:
             if script not in flags:
@@ -112,7 +129,9 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
 def test_the_figure_shows_the_codes_own_shapes():
     """figures/method.svg is well-formed, has light and dark colours, and its numbers are those of the code."""
     root = ElementTree.parse(ROOT / "figures/method.svg").getroot()
-    words = " | ".join("".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text"))
+    words = " | ".join(
+        "".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")
+    )
     assert "prefers-color-scheme: dark" in (ROOT / "figures/method.svg").read_text()
     three = {"virchow2": "Virchow2", "uni2_h": "UNI2-h", "h_optimus_1": "H-optimus-1"}
     for name, label in three.items():
@@ -121,12 +140,19 @@ def test_the_figure_shows_the_codes_own_shapes():
     vit = Student("vit_b", {}, []).backbone
     n, tokens = vit.grid**2, 1 + vit.registers + vit.grid**2
     assert f"ViT-B/14 | {millions(vit):.1f} M" in words and f"{vit.registers} registers" in words
-    assert f"{n} patches ({vit.grid} x {vit.grid})" in words and f"(B, {tokens}, {vit.width})" in words
     assert (
-        f"(B, 3, {vit.img_size}, {vit.img_size})" in words and f"z: (B, {vit.width}) and (B, {n}, {vit.width})" in words
+        f"{n} patches ({vit.grid} x {vit.grid})" in words and f"(B, {tokens}, {vit.width})" in words
+    )
+    assert (
+        f"(B, 3, {vit.img_size}, {vit.img_size})" in words
+        and f"z: (B, {vit.width}) and (B, {n}, {vit.width})" in words
     )
     dims = DEFAULTS["vit_b"]["dims"]
-    assert re.findall(r"z\[:(\d+)\]", words) == re.findall(r"h\(t, (\d+)\)", words) == [str(m) for m in dims]
+    assert (
+        re.findall(r"z\[:(\d+)\]", words)
+        == re.findall(r"h\(t, (\d+)\)", words)
+        == [str(m) for m in dims]
+    )
 
 
 def snippet(word):
@@ -135,18 +161,31 @@ def snippet(word):
 
 
 def python(text, folder):
-    return subprocess.run([sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, check=False
+    )
 
 
 def test_the_student_from_python(copy):
     path = copy / "runs/demo/student.pt"
     if not path.exists():  # this test alone
         path.parent.mkdir(parents=True)
-        config = {"student": "toy", "arch": STUDENTS["toy"], "nested_dims": [48], "step": 1, "steps": 1, "teachers": []}
-        torch.save({"state_dict": Student("toy", {}, []).backbone.state_dict(), "config": config}, path)
+        config = {
+            "student": "toy",
+            "arch": STUDENTS["toy"],
+            "nested_dims": [48],
+            "step": 1,
+            "steps": 1,
+            "teachers": [],
+        }
+        torch.save(
+            {"state_dict": Student("toy", {}, []).backbone.state_dict(), "config": config}, path
+        )
     code = snippet("load_student")
     assert len([line for line in code.splitlines() if line]) == 4  # as it says
-    result = python(code + "\nassert embedding.shape == (1, 16) and not embedding.requires_grad", copy)
+    result = python(
+        code + "\nassert embedding.shape == (1, 16) and not embedding.requires_grad", copy
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -181,7 +220,9 @@ def test_a_teacher_of_ones_own(copy):
     assert len(entry.splitlines()) == 5
     source = (copy / "teachers.py").read_text()
     assert source.count("\nTEACHERS = {\n") == 1
-    (copy / "teachers.py").write_text(source.replace("\nTEACHERS = {\n", "\nTEACHERS = {\n" + entry))
+    (copy / "teachers.py").write_text(
+        source.replace("\nTEACHERS = {\n", "\nTEACHERS = {\n" + entry)
+    )
     [name] = re.findall(r"# as timm's (\S+)", entry)
     twin = randomise(timm.create_model(name))
     mean, std = (torch.tensor(twin.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -193,12 +234,16 @@ def test_a_teacher_of_ones_own(copy):
     pixels = torch.from_numpy(np.array(Image.open(tile))).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         cls = twin.forward_features((pixels - mean) / std)[0, 0]
-    norm, *first = re.search(r"embedding \(1, 384\), L2 norm (\S+), in .* begins (\S+) (\S+)", result.stdout).groups()
+    norm, *first = re.search(
+        r"embedding \(1, 384\), L2 norm (\S+), in .* begins (\S+) (\S+)", result.stdout
+    ).groups()
     assert float(norm) == pytest.approx(cls.norm().item(), rel=1e-4)
     assert list(map(float, first)) == pytest.approx(cls[:2].tolist(), abs=1e-3)
     flags = "--student vit_s --data own --steps 1 --batch-size 2 --stats-tiles 2 --device cpu"
     result = run(f"python train.py --teachers mine {flags}", copy)
-    assert result.returncode == 0 and "licence MIT; binds students: no" in result.stdout, result.stderr
+    assert result.returncode == 0 and "licence MIT; binds students: no" in result.stdout, (
+        result.stderr
+    )
     shutil.copy(ROOT / "teachers.py", copy)
 
 
@@ -223,7 +268,9 @@ def test_the_readmes_table_of_teachers():
 def test_source_budget():
     """Six files, 1,700 lines together, none over 350."""
     lines = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
-    assert set(lines) == {f"{name}.py" for name in ("teachers", "student", "losses", "data", "train", "evaluate")}
+    assert set(lines) == {
+        f"{name}.py" for name in ("teachers", "student", "losses", "data", "train", "evaluate")
+    }
     assert max(lines.values()) <= 350 and sum(lines.values()) <= 1700
 
 
@@ -253,7 +300,9 @@ def unsafe_calls(source):
             names |= {alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0]
                       for alias in node.names}  # fmt: skip
         if isinstance(node, ast.ImportFrom):
-            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
 
     def full(node):
         if isinstance(node, ast.Attribute):
@@ -265,16 +314,28 @@ def unsafe_calls(source):
         if re.fullmatch(FORBIDDEN, name, re.VERBOSE) and name not in ALLOWED:
             found.append(name)
         if isinstance(node, ast.Call):
-            called, given = full(node.func), {x.arg: getattr(x.value, "value", x.value) for x in node.keywords}
+            called, given = (
+                full(node.func),
+                {x.arg: getattr(x.value, "value", x.value) for x in node.keywords},
+            )
             if called == "torch.load" and given.get("weights_only") is not True:
                 found.append("torch.load without weights_only=True")
-            if called in ("numpy.load", "np.load") and given.get("allow_pickle", False) is not False:
+            if (
+                called in ("numpy.load", "np.load")
+                and given.get("allow_pickle", False) is not False
+            ):
                 found.append("np.load with allow_pickle")
-            found += [f"{called} with {key}" for key in ("shell", "trust_remote_code", "pickle_module") if key in given]
+            found += [
+                f"{called} with {key}"
+                for key in ("shell", "trust_remote_code", "pickle_module")
+                if key in given
+            ]
             constants = [getattr(x, "value", "") for x in node.args]
             if called in ("importlib.import_module", "getattr", "__import__"):
                 found += [
-                    str(x) for x in constants if re.match(r"(os|subprocess|pickle|builtins|marshal|system)\b", str(x))
+                    str(x)
+                    for x in constants
+                    if re.match(r"(os|subprocess|pickle|builtins|marshal|system)\b", str(x))
                 ]
     return found
 
@@ -282,7 +343,9 @@ def unsafe_calls(source):
 def test_no_source_calls_what_could_run_code_of_others():
     sources = {path.name: path.read_text() for path in ROOT.glob("*.py")}
     assert len(sources) == 6 and sum("torch.load(" in source for source in sources.values()) == 1
-    assert {name: unsafe_calls(source) for name, source in sources.items()} == {name: [] for name in sources}
+    assert {name: unsafe_calls(source) for name, source in sources.items()} == {
+        name: [] for name in sources
+    }
 
 
 @pytest.mark.parametrize(
@@ -329,7 +392,12 @@ FUNCTIONS = [
     if isinstance(node, ast.FunctionDef | ast.ClassDef)
 ]
 UNHINTED = {  # parameters without a hint; where a default shows the type, that is the hint
-    "evaluate.py:adaptive_retrieval": {"train_x", "train_y", "test_x", "test_y"},  # as all tasks have them, on one line
+    "evaluate.py:adaptive_retrieval": {
+        "train_x",
+        "train_y",
+        "test_x",
+        "test_y",
+    },  # as all tasks have them, on one line
     "losses.py:measure": {"batches"},  # any iterable, told in its docstring
     "teachers.py:run_main": {"main"},  # the function to run, told in the comment beside it
     "train.py:fill": {"teach"},  # a function, told in the comment beside it
@@ -338,7 +406,9 @@ UNHINTED = {  # parameters without a hint; where a default shows the type, that 
 
 def test_no_function_is_longer_than_a_screen():
     long = {
-        name for name, node, _ in FUNCTIONS if node.end_lineno - node.lineno >= 60 and node.__class__ != ast.ClassDef
+        name
+        for name, node, _ in FUNCTIONS
+        if node.end_lineno - node.lineno >= 60 and node.__class__ != ast.ClassDef
     }
     assert long == {"train.py:train"}  # the loop, told from top to bottom
 
@@ -353,7 +423,9 @@ def test_every_function_says_what_it_takes_and_gives():
         if isinstance(node, ast.ClassDef):
             continue
         given = [x for x in node.args.args + node.args.kwonlyargs if x.arg not in ("self", "cls")]
-        with_default = {x.arg for x in node.args.args[len(node.args.args) - len(node.args.defaults) :]} - {
+        with_default = {
+            x.arg for x in node.args.args[len(node.args.args) - len(node.args.defaults) :]
+        } - {
             x.arg
             for x, value in zip(reversed(node.args.args), reversed(node.args.defaults))
             if getattr(value, "value", 0) is None
@@ -368,7 +440,11 @@ def test_nothing_stands_twice():
     """No six lines in a row, imports and blank lines left out."""
     seen, twice = {}, []
     for file, source in SOURCES.items():
-        lines = [x.strip() for x in source.splitlines() if x.strip() and not re.match(r"\s*(import|from) ", x)]
+        lines = [
+            x.strip()
+            for x in source.splitlines()
+            if x.strip() and not re.match(r"\s*(import|from) ", x)
+        ]
         for i in range(len(lines) - 5):
             six = "\n".join(lines[i : i + 6])
             twice += [f"{seen[six]} and {file}: {six}"] if six in seen else []

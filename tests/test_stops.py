@@ -29,8 +29,21 @@ import student
 import teachers
 import train
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, signals and limits of Linux")
-ONE = ["--teachers", "toy_cells", "--teacher-steps", 2, "--device", "cpu", "--dims", 4, "--stats-tiles", 2]
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="forks, signals and limits of Linux"
+)
+ONE = [
+    "--teachers",
+    "toy_cells",
+    "--teacher-steps",
+    2,
+    "--device",
+    "cpu",
+    "--dims",
+    4,
+    "--stats-tiles",
+    2,
+]
 ONE += ["--batch-size", 2, "--log-every", 1, "--save-every", 2]
 
 
@@ -49,7 +62,15 @@ def base(tmp_path_factory):
     """Six tiles, and undisturbed/: six steps over them, saves after 2, 4 and 6; half/: the same, stopped after 3."""
     folder = tmp_path_factory.mktemp("base")
     write_tiles(folder / "tiles", 6)
-    folder.flags = flags = [*ONE, "--data", folder / "tiles", "--weights-dir", folder / "weights", "--steps", 6]
+    folder.flags = flags = [
+        *ONE,
+        "--data",
+        folder / "tiles",
+        "--weights-dir",
+        folder / "weights",
+        "--steps",
+        6,
+    ]
     # the teachers are its own, made by one thread, as all that is compared with it
     assert Child(*flags, "--out", folder / "undisturbed").succeeds()
     assert Child(*flags, "--out", folder / "half", "--stop-at", 3).succeeds()
@@ -80,16 +101,24 @@ def logged(folder):
 def assert_undisturbed(folder, base):
     """The run has come to the same end as if nothing had happened, and nothing is left behind."""
     assert_same(checkpoint(base / "undisturbed"), checkpoint(folder))
-    assert logged(folder) == logged(base / "undisturbed") and losses(folder) == losses(base / "undisturbed")
+    assert logged(folder) == logged(base / "undisturbed") and losses(folder) == losses(
+        base / "undisturbed"
+    )
     assert not list(folder.glob("*.tmp"))
-    ours, theirs = (torch.load(x / "student.pt", weights_only=True) for x in (folder, base / "undisturbed"))
+    ours, theirs = (
+        torch.load(x / "student.pt", weights_only=True) for x in (folder, base / "undisturbed")
+    )
     assert ours["config"] == theirs["config"] and ours["config"]["step"] == 6
-    assert all(torch.equal(value, theirs["state_dict"][key]) for key, value in ours["state_dict"].items())
+    assert all(
+        torch.equal(value, theirs["state_dict"][key]) for key, value in ours["state_dict"].items()
+    )
 
 
 # ---- (a) stops ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_loop_after_a_step_and_the_resumed_run_is_the_undisturbed_one(tmp_path, base, name):
+def test_a_signal_ends_the_loop_after_a_step_and_the_resumed_run_is_the_undisturbed_one(
+    tmp_path, base, name
+):
     flags = [*base.flags[:-1], 400, "--save-every", 1000]
     command = [ROOT / "train.py", *flags, "--workers", 2, "--out", tmp_path / "run"]
     process = subprocess.Popen(
@@ -104,16 +133,25 @@ def test_a_signal_ends_the_loop_after_a_step_and_the_resumed_run_is_the_undistur
     for line in process.stdout:
         lines.append(line)
         if line.startswith("step 2/"):  # workers alone ignore it
-            workers = [int(x) for x in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+            workers = [
+                int(x)
+                for x in Path(f"/proc/{process.pid}/task/{process.pid}/children")
+                .read_text()
+                .split()
+            ]
             assert len(workers) == 2
             for pid in workers:
                 os.kill(pid, number)
-        if line.startswith("step 6/"):  # a terminal's Ctrl-C goes to the whole group, a cluster's SIGTERM to one
+        if line.startswith(
+            "step 6/"
+        ):  # a terminal's Ctrl-C goes to the whole group, a cluster's SIGTERM to one
             (os.killpg if name == "SIGINT" else os.kill)(process.pid, number)
             break
     rest, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number and not error, error
-    said = re.search(r"stopped after step (\d+) of 400; go on with: python train.py --resume (.*)\n", rest)
+    said = re.search(
+        r"stopped after step (\d+) of 400; go on with: python train.py --resume (.*)\n", rest
+    )
     step = int(said[1])
     assert said[2] == str(tmp_path / "run") and 6 <= step < 60 and rest.endswith(said[0])
     last = checkpoint(tmp_path / "run")
@@ -145,10 +183,20 @@ def at_step(n, action):
 @pytest.mark.parametrize(("name", "step"), [("SIGTERM", 1), ("SIGINT", 3), ("SIGTERM", 6)])
 def test_a_signal_in_the_first_a_middle_and_the_last_step(tmp_path, base, name, step):
     number = getattr(signal, name)
-    child = Child(*base.flags, "--out", tmp_path / "run", patch=at_step(step, lambda: os.kill(os.getpid(), number)))
+    child = Child(
+        *base.flags,
+        "--out",
+        tmp_path / "run",
+        patch=at_step(step, lambda: os.kill(os.getpid(), number)),
+    )
     assert child.wait() == 128 + number and not child.err, child.err
-    assert f"stopped after step {step} of 6; go on with: python train.py --resume {tmp_path}/run\n" in child.out
-    assert checkpoint(tmp_path / "run")["step"] == step and logged(tmp_path / "run") == [*range(1, step + 1)]
+    assert (
+        f"stopped after step {step} of 6; go on with: python train.py --resume {tmp_path}/run\n"
+        in child.out
+    )
+    assert checkpoint(tmp_path / "run")["step"] == step and logged(tmp_path / "run") == [
+        *range(1, step + 1)
+    ]
     assert not resume(tmp_path / "run")
     assert_undisturbed(tmp_path / "run", base)
 
@@ -165,7 +213,9 @@ def test_an_impatient_user_and_a_signal_while_a_checkpoint_is_written(tmp_path, 
         at_step(2, lambda: setattr(os, "replace", replace))()
 
     child = Child(*base.flags, "--out", tmp_path / "run", patch=patch)
-    assert child.wait() in (130, 143) and not child.err, child.err  # the save of step 2 is done, then step 3
+    assert child.wait() in (130, 143) and not child.err, (
+        child.err
+    )  # the save of step 2 is done, then step 3
     assert "stopped after step 3 of 6" in child.out and checkpoint(tmp_path / "run")["step"] == 3
     resume(tmp_path / "run")
     assert_undisturbed(tmp_path / "run", base)
@@ -179,7 +229,9 @@ BEFORE = {  # where a run can be before its loop, and the flags for it
 }
 
 
-@pytest.mark.parametrize(("where", "name"), [*zip(BEFORE, ["SIGINT", "SIGTERM"] * 2), ("statistics", "SIGINT")])
+@pytest.mark.parametrize(
+    ("where", "name"), [*zip(BEFORE, ["SIGINT", "SIGTERM"] * 2), ("statistics", "SIGINT")]
+)
 def test_a_signal_before_the_loop_ends_at_once(tmp_path, base, where, name):
     owner, attribute, more = BEFORE[where]
     number = getattr(signal, name)
@@ -195,16 +247,25 @@ def test_a_signal_before_the_loop_ends_at_once(tmp_path, base, where, name):
 
         setattr(owner, attribute, signalled)
 
-    flags = [*base.flags, *more, "--weights-dir", tmp_path if "teachers" in where else base.flags[-3]]
+    flags = [
+        *base.flags,
+        *more,
+        "--weights-dir",
+        tmp_path if "teachers" in where else base.flags[-3],
+    ]
     if where == "drawing":
         flags.remove("--data")
         flags.remove(base / "tiles")
     child = Child(*flags, "--out", tmp_path / "run", patch=patch)
     assert child.wait() in ([130] if name == "SIGINT" else [143, -15]), child.out + child.err
-    assert child.err.count("\n") <= 1 and "Traceback" not in child.err and "step 1/" not in child.out
+    assert (
+        child.err.count("\n") <= 1 and "Traceback" not in child.err and "step 1/" not in child.out
+    )
     assert not (tmp_path / "run" / "last.pt").exists()
     if where != "drawing":
-        assert Child(*flags, "--out", tmp_path / "run").succeeds()  # the same command begins anew or goes on
+        assert Child(
+            *flags, "--out", tmp_path / "run"
+        ).succeeds()  # the same command begins anew or goes on
     if where == "statistics":
         assert_undisturbed(tmp_path / "run", base)
 
@@ -220,7 +281,11 @@ def test_two_processes_leave_together_wherever_the_signal_comes(tmp_path, base):
     never = at_step(99, lambda: None)
     cases = {  # at which step which process gets what
         "rank 1 alone": ((never, at_step(13, signal_itself(signal.SIGTERM))), 20, 143),
-        "Ctrl-C": ((at_step(4, signal_itself(signal.SIGINT)), at_step(11, signal_itself(signal.SIGINT))), 10, 130),
+        "Ctrl-C": (
+            (at_step(4, signal_itself(signal.SIGINT)), at_step(11, signal_itself(signal.SIGINT))),
+            10,
+            130,
+        ),
     }
     for name, (patches, step, code) in cases.items():
         out = tmp_path / name
@@ -291,7 +356,11 @@ def watch(event):
 
 def state_of(folder):
     """{name, the process left out: hash of what it holds}."""
-    hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.name != "lock"}
+    hashes = {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.name != "lock"
+    }
     return {re.sub(r"\.\d+\.tmp$", ".tmp", path.name): value for path, value in hashes.items()}
 
 
@@ -308,7 +377,11 @@ def moments(base):
             return  # a checkpoint is written in a thousand pieces
         if os.path.dirname(path) == str(out) or path == str(out):
             i = len(list(kept.iterdir()))
-            shutil.copytree(out, kept / f"{i:04d} {kind} {os.path.basename(re.sub('[.][0-9]+[.]tmp', '.tmp', path))}")
+            shutil.copytree(
+                out,
+                kept
+                / f"{i:04d} {kind} {os.path.basename(re.sub('[.][0-9]+[.]tmp', '.tmp', path))}",
+            )
 
     assert Child(*base.flags, "--out", out, patch=watch(event)).succeeds()
     assert_undisturbed(out, base)  # to look at it changes nothing
@@ -322,10 +395,19 @@ def test_a_save_reaches_the_disk_before_it_gets_its_name(moments):
         places = [i for i, event in enumerate(events) if event == f"before replace {name}"]
         assert len(places) == (4 if name == "last.pt" else 3)  # steps 0, 2, 4, 6
         for i in places:
-            assert events[i - 1] == f"closed {name}.tmp" and f"after fsync {name}.tmp" in events[i - 3 : i]
+            assert (
+                events[i - 1] == f"closed {name}.tmp"
+                and f"after fsync {name}.tmp" in events[i - 3 : i]
+            )
             assert [x for x in events[i + 1 : i + 4] if "written" in x] == []
-            assert events[i + 1 : i + 3] == [f"after replace {name}", "before fsync watched"], events[i - 2 : i + 5]
-    order = [event.split()[-1] for event in events if event.startswith("after replace") and "log" not in event]
+            assert events[i + 1 : i + 3] == [f"after replace {name}", "before fsync watched"], (
+                events[i - 2 : i + 5]
+            )
+    order = [
+        event.split()[-1]
+        for event in events
+        if event.startswith("after replace") and "log" not in event
+    ]
     assert order == ["last.pt", *["student.pt", "model_card.md", "last.pt"] * 3]
 
 
@@ -337,7 +419,9 @@ def test_at_each_moment_the_folder_holds_a_whole_checkpoint_and_a_student_not_ol
             continue
         seen.add(key)
         if not (folder / "last.pt").exists():
-            assert not (folder / "student.pt").exists() and not (folder / "log.jsonl").exists(), event
+            assert not (folder / "student.pt").exists() and not (folder / "log.jsonl").exists(), (
+                event
+            )
             continue
         last_steps.append(checkpoint(folder)["step"])
         if (folder / "student.pt").exists():
@@ -469,10 +553,14 @@ def test_a_full_disk_at_the_start(tmp_path, base, weights_dir):
     shutil.copytree(base / "half", tmp_path / "half")
     child = Child("--resume", tmp_path / "half", patch=limit(100))
     assert child.fails(f"{tmp_path}/half/log.jsonl")
-    assert (tmp_path / "half" / "log.jsonl").read_bytes() == (base / "half" / "log.jsonl").read_bytes()
+    assert (tmp_path / "half" / "log.jsonl").read_bytes() == (
+        base / "half" / "log.jsonl"
+    ).read_bytes()
     flags = [*base.flags, "--weights-dir", tmp_path / "weights", "--out", tmp_path / "other"]
     child = Child(*flags, patch=limit(100_000))
-    assert child.fails(f"{tmp_path}/weights/toy_cells") and not list((tmp_path / "weights").glob("*.pt*[!k]"))
+    assert child.fails(f"{tmp_path}/weights/toy_cells") and not list(
+        (tmp_path / "weights").glob("*.pt*[!k]")
+    )
     assert not (tmp_path / "other" / "last.pt").exists()
     assert Child(*flags).succeeds()
 
@@ -486,7 +574,9 @@ def disk(tmp_path):
     def sized(size):
         options = f"remount,size={size}" if os.path.ismount(folder) else f"size={size}"
         result = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False, capture_output=True
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
+            check=False,
+            capture_output=True,
         )
         if result.returncode:
             pytest.skip(f"mounting is not allowed here: {result.stderr.decode().strip()}")
@@ -539,9 +629,21 @@ def test_a_real_disk_without_one_free_byte(tmp_path, base, disk, monkeypatch):
     cases = {
         "resume": ([*["--resume", run]], {}, "run/"),
         "run": ([*base.flags, "--out", folder / "other"], {}, "other"),
-        "cache": ([*base.flags, "--cache", folder / "cache", "--out", tmp_path / "cached"], {}, "cache"),
-        "teachers": ([*base.flags, "--weights-dir", folder / "weights", "--out", tmp_path / "w"], {}, "weights/toy"),
-        "embeddings": ([run, "--embed", base / "tiles", "--out", folder / "x.npz", *none], evaluation, "x.npz"),
+        "cache": (
+            [*base.flags, "--cache", folder / "cache", "--out", tmp_path / "cached"],
+            {},
+            "cache",
+        ),
+        "teachers": (
+            [*base.flags, "--weights-dir", folder / "weights", "--out", tmp_path / "w"],
+            {},
+            "weights/toy",
+        ),
+        "embeddings": (
+            [run, "--embed", base / "tiles", "--out", folder / "x.npz", *none],
+            evaluation,
+            "x.npz",
+        ),
         "cut": ([run, "--dim", 4, "--out", folder / "cut.pt", *none], evaluation, "cut.pt"),
         "results": ([run, "--data", labelled, *none], evaluation, "run/"),
     }
@@ -554,7 +656,11 @@ def test_a_real_disk_without_one_free_byte(tmp_path, base, disk, monkeypatch):
             bad[case] = str(error)[-600:]
         now = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         changed = [path for path in before if now.get(path) != before[path]]
-        new = [path for path in now.keys() - before.keys() if path.stat().st_size or path.suffix == ".tmp"]
+        new = [
+            path
+            for path in now.keys() - before.keys()
+            if path.stat().st_size or path.suffix == ".tmp"
+        ]
         if changed or new:
             bad[case] = f"{bad.get(case, '')} changed {changed} new {new}"
     assert not bad, bad
@@ -567,7 +673,10 @@ def test_a_real_disk_without_one_free_byte(tmp_path, base, disk, monkeypatch):
     assert not bad, bad
     assert_undisturbed(run, base)
     assert json.loads((run / "results.json").read_text()).keys() == {str(labelled)}
-    assert len(np.load(folder / "x.npz")["embeddings"]) == 6 and outputs_of_one(folder / "cache", 6).all()
+    assert (
+        len(np.load(folder / "x.npz")["embeddings"]) == 6
+        and outputs_of_one(folder / "cache", 6).all()
+    )
 
 
 def outputs_of_one(cache, n):
@@ -576,11 +685,15 @@ def outputs_of_one(cache, n):
     return outputs["done"]
 
 
-def test_a_cache_that_finds_no_space_leaves_nothing_and_the_same_command_works_later(tmp_path, base):
+def test_a_cache_that_finds_no_space_leaves_nothing_and_the_same_command_works_later(
+    tmp_path, base
+):
     flags = [*base.flags, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
     child = Child(*flags, patch=limit(50_000))  # of 99,852 bytes
     assert child.fails(tmp_path / "cache")
-    assert not (tmp_path / "cache" / "outputs").exists() and not list((tmp_path / "cache").glob("*.tmp"))
+    assert not (tmp_path / "cache" / "outputs").exists() and not list(
+        (tmp_path / "cache").glob("*.tmp")
+    )
     assert Child(*flags).succeeds() and outputs_of_one(tmp_path / "cache", 6).all()
 
 
@@ -603,7 +716,10 @@ def test_an_evaluation_on_a_full_disk_names_the_file(tmp_path, base, what):
             write_tiles(tmp_path / "labelled" / split / label, 2)
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     places = {"TILES": base / "tiles", "LABELLED": tmp_path / "labelled", "OUT": tmp_path}
-    argv = [re.sub("TILES|LABELLED|OUT", lambda found: str(places[found[0]]), str(flag)) for flag in flags]
+    argv = [
+        re.sub("TILES|LABELLED|OUT", lambda found: str(places[found[0]]), str(flag))
+        for flag in flags
+    ]
 
     def patch():
         if what in ("results", "curves"):  # the pictures before them still find space
@@ -618,13 +734,21 @@ def test_an_evaluation_on_a_full_disk_names_the_file(tmp_path, base, what):
     assert child.fails(name)
     after = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     done = ("results.json", "model_card.md")  # where only the curves find no space
-    assert all(after[path] == content for path, content in before.items() if what != "curves" or path.name not in done)
+    assert all(
+        after[path] == content
+        for path, content in before.items()
+        if what != "curves" or path.name not in done
+    )
     assert (
-        not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "x.npz").exists() and not (tmp_path / "cut.pt").exists()
+        not list(tmp_path.rglob("*.tmp"))
+        and not (tmp_path / "x.npz").exists()
+        and not (tmp_path / "cut.pt").exists()
     )
     assert "earlier" in json.loads((tmp_path / "run" / "results.json").read_text())
     if what in ("embeddings", "results"):
-        assert Child(tmp_path / "run", *argv, "--device", "cpu", main=evaluate.main, script="evaluate.py").succeeds()
+        assert Child(
+            tmp_path / "run", *argv, "--device", "cpu", main=evaluate.main, script="evaluate.py"
+        ).succeeds()
 
 
 # ---- (f) crowds -----------------------------------------------------------------------------------------------------
@@ -651,7 +775,13 @@ def waits(child):
 
 
 def test_two_runs_started_at_once_make_each_offline_teacher_once(tmp_path, base):
-    flags = [*base.flags, "--teachers", "toy_cells,toy_tissue", "--weights-dir", tmp_path / "weights"]
+    flags = [
+        *base.flags,
+        "--teachers",
+        "toy_cells,toy_tissue",
+        "--weights-dir",
+        tmp_path / "weights",
+    ]
     patch = slowly(teachers, "train_offline_teacher", tmp_path / "made")
     children = [Child(*flags, "--out", tmp_path / name, patch=patch) for name in "ab"]
     assert all(child.succeeds() for child in children)
@@ -715,7 +845,9 @@ def test_two_runs_into_one_new_folder_one_wins(tmp_path, base):
 
             data.FolderTiles.__init__ = late
 
-        second = Child(*base.flags, "--seed", 1, "--out", out, patch=patch if held_up else lambda: None)
+        second = Child(
+            *base.flags, "--seed", 1, "--out", out, patch=patch if held_up else lambda: None
+        )
         while held_up and not ready.exists():
             time.sleep(0.01)
         first = Child(*base.flags, "--out", out)
@@ -726,7 +858,9 @@ def test_two_runs_into_one_new_folder_one_wins(tmp_path, base):
         assert sorted(codes) == [0, 2], (held_up, codes, first.err + second.err)
         loser = second if codes[0] else first
         assert loser.fails(out, "--out")
-        assert logged(out) == [1, 2, 3, 4, 5, 6] and checkpoint(out)["args"]["seed"] == (0 if codes[0] else 1)
+        assert logged(out) == [1, 2, 3, 4, 5, 6] and checkpoint(out)["args"]["seed"] == (
+            0 if codes[0] else 1
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -738,7 +872,11 @@ def test_a_killed_run_leaves_its_folder_free_at_once(tmp_path, base, workers):
     assert child.wait() == -9
     began = time.monotonic()
     again = Child("--resume", tmp_path / "run", "--stop-at", 5)
-    assert again.succeeds() and time.monotonic() - began < 4 and checkpoint(tmp_path / "run")["step"] == 5
+    assert (
+        again.succeeds()
+        and time.monotonic() - began < 4
+        and checkpoint(tmp_path / "run")["step"] == 5
+    )
 
 
 def test_two_runs_that_make_one_cache_at_once(tmp_path, base):
@@ -750,7 +888,9 @@ def test_two_runs_that_make_one_cache_at_once(tmp_path, base):
     assert_same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
     assert Child(*flags, "--out", tmp_path / "alone", "--cache", tmp_path / "another").succeeds()
     assert_same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "alone"))
-    assert (tmp_path / "cache" / "outputs").read_bytes() == (tmp_path / "another" / "outputs").read_bytes()
+    assert (tmp_path / "cache" / "outputs").read_bytes() == (
+        tmp_path / "another" / "outputs"
+    ).read_bytes()
 
 
 def test_one_folder_for_run_and_cache_works_or_is_refused(tmp_path, base):
@@ -761,8 +901,13 @@ def test_one_folder_for_run_and_cache_works_or_is_refused(tmp_path, base):
 @pytest.mark.parametrize("point", ["reserving", "filling"])
 def test_a_cache_whose_maker_is_killed_is_finished_by_another(tmp_path, base, point):
     flags = [*base.flags, "--cache", tmp_path / "cache"]
-    owner, attribute = {"reserving": (os, "posix_fallocate"), "filling": (train.CachedTiles, "fill")}[point]
-    first = Child(*flags, "--out", tmp_path / "a", patch=slowly(owner, attribute, tmp_path / "mark", 30))
+    owner, attribute = {
+        "reserving": (os, "posix_fallocate"),
+        "filling": (train.CachedTiles, "fill"),
+    }[point]
+    first = Child(
+        *flags, "--out", tmp_path / "a", patch=slowly(owner, attribute, tmp_path / "mark", 30)
+    )
     while not (tmp_path / "mark").exists():
         time.sleep(0.01)
     second = Child(*flags, "--out", tmp_path / "b")
@@ -782,14 +927,18 @@ def test_two_evaluations_of_one_run_keep_both_rows(tmp_path, base):
     more["patch"] = slowly(evaluate, "save_atomically", tmp_path / "saves", 0.3)
     flags = ["--teachers=", "--device", "cpu", "--tasks", "knn"]
     data_folders = [tmp_path / "first", tmp_path / "second"]
-    children = [Child(tmp_path / "run", "--data", folder, *flags, **more) for folder in data_folders]
+    children = [
+        Child(tmp_path / "run", "--data", folder, *flags, **more) for folder in data_folders
+    ]
     assert all(child.succeeds() for child in children)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results.keys() == {*map(str, data_folders)} and all(x["rows"] for x in results.values())
 
 
 # ---- (i) determinism ------------------------------------------------------------------------------------------------
-def test_one_seed_gives_the_same_bits_whatever_the_workers_and_however_often_it_was_stopped(tmp_path, base):
+def test_one_seed_gives_the_same_bits_whatever_the_workers_and_however_often_it_was_stopped(
+    tmp_path, base
+):
     for workers, stops in ((1, []), (3, [1, 5]), (0, [1, 2, 3, 4, 5])):
         out = tmp_path / f"{workers} {stops}"
         first, *others = [*stops, 6]

@@ -52,7 +52,9 @@ def test_equal_to_timm_at_full_width_and_reduced_depth(name):
     arch = {**ARCHS[name], "depth": 2}
     ours, twin = randomise(bare(VisionTransformer, **arch)), bare(timm_twin, arch)
     twin.load_state_dict(ours.state_dict(), strict=True)  # the same names and shapes, both ways
-    x = torch.randn(2, 3, arch["img_size"], arch["img_size"], generator=torch.Generator().manual_seed(1))
+    x = torch.randn(
+        2, 3, arch["img_size"], arch["img_size"], generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
         expected, got = twin.forward_features(x), ours(x)
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -130,8 +132,18 @@ def test_the_full_dim_belongs_to_nested_dims_and_wider_ones_do_not_fit():
 def toy(tmp_path):
     """A whole student.pt as train.py writes it -> (its path, a fresh copy of its content)."""
     vit = randomise(Student("toy", {}, []).backbone)
-    config = {"student": "toy", "arch": STUDENTS["toy"], "nested_dims": [4, 48], "step": 2, "steps": 2}
-    config |= {"teachers": ["toy_cells"], "teacher_recipe": {"steps": 2, "seed": 0}, "licences": {"toy_cells": "x"}}
+    config = {
+        "student": "toy",
+        "arch": STUDENTS["toy"],
+        "nested_dims": [4, 48],
+        "step": 2,
+        "steps": 2,
+    }
+    config |= {
+        "teachers": ["toy_cells"],
+        "teacher_recipe": {"steps": 2, "seed": 0},
+        "licences": {"toy_cells": "x"},
+    }
     path = tmp_path / "student.pt"
     torch.save({"state_dict": vit.state_dict(), "config": config}, path)
     return path, torch.load(path, weights_only=True)
@@ -179,7 +191,9 @@ CODE = {  # what a pickle could call, given a file to leave behind as a mark
     "torch.save": lambda mark: Runs(torch.save, {}, str(mark)),
     "torch.load": lambda mark: Runs(torch.load, str(mark)),
     "torch.hub": lambda mark: Runs(torch.hub.load, str(mark.parent), "x"),
-    "a parameter of it": lambda mark: Runs(torch._utils._rebuild_parameter, Runs(os.system, f"touch {mark}"), True, {}),
+    "a parameter of it": lambda mark: Runs(
+        torch._utils._rebuild_parameter, Runs(os.system, f"touch {mark}"), True, {}
+    ),
     "a module": lambda mark: torch.nn.Linear(2, 2),
     "numpy.fromfile": lambda mark: Runs(np.fromfile, str(mark)),
 }
@@ -192,7 +206,9 @@ def test_a_pickle_that_carries_code_is_refused_and_the_code_does_not_run(tmp_pat
     mark = tmp_path / "mark"
     for place in ("top", "config", "state_dict"):
         made = CODE[code](mark)
-        bad = made if place == "top" else {**content, place: {**content[place], "norm.weight": made}}
+        bad = (
+            made if place == "top" else {**content, place: {**content[place], "norm.weight": made}}
+        )
         if form == "plain pickle":
             path.write_bytes(pickle.dumps(bad))
         else:
@@ -248,7 +264,9 @@ def test_a_safetensors_file_with_a_bad_header_is_refused(tmp_path, case):
     assert_refused(path, load_vit)
 
 
-@pytest.mark.parametrize("kind", [torch.int64, torch.int8, torch.bool, torch.uint8, torch.complex64, "nan", "inf"])
+@pytest.mark.parametrize(
+    "kind", [torch.int64, torch.int8, torch.bool, torch.uint8, torch.complex64, "nan", "inf"]
+)
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_weights_that_are_no_finite_floats_are_refused(tmp_path, toy, kind, suffix):
     write = oracle("safetensors.torch").save_file
@@ -371,15 +389,30 @@ CONTENTS = {
     "weights a list": lambda content: {**content, "state_dict": [1]},
     "weights none": lambda content: {**content, "state_dict": None},
     "weights a tensor": lambda content: {**content, "state_dict": torch.zeros(3)},
-    "a weight missing": lambda content: {**content, "state_dict": dict([*content["state_dict"].items()][1:])},
-    "a weight too many": lambda content: {**content, "state_dict": {**content["state_dict"], "x": torch.zeros(1)}},
+    "a weight missing": lambda content: {
+        **content,
+        "state_dict": dict([*content["state_dict"].items()][1:]),
+    },
+    "a weight too many": lambda content: {
+        **content,
+        "state_dict": {**content["state_dict"], "x": torch.zeros(1)},
+    },
     "a weight of another shape": lambda content: {
         **content,
         "state_dict": {**content["state_dict"], "norm.bias": torch.zeros(4)},
     },
-    "a weight that is a number": lambda content: {**content, "state_dict": {**content["state_dict"], "norm.bias": 0.0}},
-    "keys that are numbers": lambda content: {**content, "state_dict": dict(enumerate(content["state_dict"].values()))},
-    "another student": lambda content: {**content, "state_dict": Student("toy", {"a": 8}, []).state_dict()},
+    "a weight that is a number": lambda content: {
+        **content,
+        "state_dict": {**content["state_dict"], "norm.bias": 0.0},
+    },
+    "keys that are numbers": lambda content: {
+        **content,
+        "state_dict": dict(enumerate(content["state_dict"].values())),
+    },
+    "another student": lambda content: {
+        **content,
+        "state_dict": Student("toy", {"a": 8}, []).state_dict(),
+    },
 }
 
 
@@ -394,8 +427,16 @@ def test_a_student_file_that_holds_something_else_is_refused(toy, case):
 
 @pytest.mark.parametrize("suffix", ["pt", "bin", "pth", "safetensors"])
 def test_files_that_are_nothing_of_the_kind(tmp_path, suffix):
-    contents = {"empty": b"", "zeros": bytes(4096), "text": b"hello\n" * 50, "HTML": b"<html>", "zip": b"PK\3\4" * 99}
-    contents["LFS pointer"] = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    contents = {
+        "empty": b"",
+        "zeros": bytes(4096),
+        "text": b"hello\n" * 50,
+        "HTML": b"<html>",
+        "zip": b"PK\3\4" * 99,
+    }
+    contents["LFS pointer"] = (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    )
     contents["random"] = np.random.default_rng(0).bytes(10_000)
     contents["JSON"] = b'{"state_dict": {}}'
     for name, content in contents.items():

@@ -104,7 +104,9 @@ def difference(name, teacher, forward):
         summary, patches = forward((some_images() - mean) / std)
     got = teacher(some_images())
     assert got["summary"].shape == summary.shape and got["patches"].shape == patches.shape
-    return max((a - b).abs().max() / b.abs().max() for a, b in zip(got.values(), (summary, patches))).item()
+    return max(
+        (a - b).abs().max() / b.abs().max() for a, b in zip(got.values(), (summary, patches))
+    ).item()
 
 
 # ---- the registry against timm and transformers -------------------------------------------------------------------
@@ -114,14 +116,25 @@ def test_the_registry_has_the_21_published_teachers():
     assert set(PUBLISHED) == set(cards.COUNTS) and len(PUBLISHED) == 21
     assert {name for name, layout, _ in FILES} == set(PUBLISHED)
     for name, spec in TEACHERS.items():
-        assert (spec.norm == NORMS[name] if name in NORMS else True) and "binds students:" in spec.licence, name
+        assert (
+            spec.norm == NORMS[name] if name in NORMS else True
+        ) and "binds students:" in spec.licence, name
     mean_of_patches = {name for name, spec in TEACHERS.items() if spec.patch_mean}
     assert mean_of_patches == {"virchow", "virchow2", "midnight"}
     bound = {name for name, spec in TEACHERS.items() if "binds students: yes" in spec.licence}
     assert bound == {"uni", "uni2_h", "h_optimus_1"}
     free = {name for name, spec in TEACHERS.items() if "binds students: no" in spec.licence}
     dinov2 = {"dinov2_s", "dinov2_b", "dinov2_l"}
-    assert free == {"virchow", "h_optimus_0", "hibou_b", "hibou_l", "midnight", "gigapath", *dinov2, *OFFLINE}
+    assert free == {
+        "virchow",
+        "h_optimus_0",
+        "hibou_b",
+        "hibou_l",
+        "midnight",
+        "gigapath",
+        *dinov2,
+        *OFFLINE,
+    }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -144,7 +157,9 @@ def test_same_tensors_as_the_reference_at_full_depth(name, tmp_path):
         }
         with torch.device("meta"):
             full = cards.hf_model(name)
-        assert sum(value.numel() for value in state.values()) == sum(p.numel() for p in full.parameters())
+        assert sum(value.numel() for value in state.values()) == sum(
+            p.numel() for p in full.parameters()
+        )
         mapped = timm_state(state, ours, torch.float32)
         assert shapes == {key: tuple(value.shape) for key, value in mapped.items()}
 
@@ -153,7 +168,9 @@ def test_same_tensors_as_the_reference_at_full_depth(name, tmp_path):
 def test_published_weights_give_the_references_tokens(shallow, tmp_path, name, layout, suffix):
     forward = published_file(name, tmp_path, suffix, layout)
     teacher = load_teacher(name, tmp_path)
-    (tmp_path / f"{name}.{suffix}").unlink()  # loaded is loaded: the file may go, and the disk is kept small
+    (
+        tmp_path / f"{name}.{suffix}"
+    ).unlink()  # loaded is loaded: the file may go, and the disk is kept small
     assert teacher.grid == (14 if name in GRID14 else 16)
     assert difference(name, teacher, forward) <= 1e-5
 
@@ -196,7 +213,9 @@ def test_trap_registers_taken_for_patches(shallow, tmp_path, monkeypatch, name):
     forward = published_file(name, tmp_path)
     teacher = load_teacher(name, tmp_path)
     n = teacher.grid**2
-    monkeypatch.setattr(teacher.vit, "split", lambda x: {"summary": x[:, 0], "patches": x[:, 1 : n + 1]})
+    monkeypatch.setattr(
+        teacher.vit, "split", lambda x: {"summary": x[:, 0], "patches": x[:, 1 : n + 1]}
+    )
     assert difference(name, teacher, forward) > 1e-3
 
 
@@ -207,7 +226,9 @@ def test_trap_virchow2_positions_on_registers(shallow, tmp_path, monkeypatch):
     spec = TEACHERS["virchow2"]  # as in every other register model: positions for patches alone
     with torch.device("meta"):
         vit = VisionTransformer(**spec.arch | {"pos_on_prefix": False})
-    with pytest.raises(InputError, match=r"pos_embed is \(1, 261, 1280\), expected \(1, 256, 1280\)"):
+    with pytest.raises(
+        InputError, match=r"pos_embed is \(1, 261, 1280\), expected \(1, 256, 1280\)"
+    ):
         load_published(vit, tmp_path / "virchow2.bin", "virchow2.bin")
     state["pos_embed"] = torch.cat(
         [state["pos_embed"][:, :1], state["pos_embed"][:, 5:], state["pos_embed"][:, 1:5]], 1
@@ -216,7 +237,9 @@ def test_trap_virchow2_positions_on_registers(shallow, tmp_path, monkeypatch):
     assert difference("virchow2", load_teacher("virchow2", tmp_path), forward) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "layout"), [("dinov2_s", "hf-518"), ("kaiko_l14", "timm"), ("midnight", "hf-518")])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("dinov2_s", "hf-518"), ("kaiko_l14", "timm"), ("midnight", "hf-518")]
+)
 def test_trap_antialias(shallow, tmp_path, monkeypatch, name, layout):
     forward = published_file(name, tmp_path, "safetensors", layout)
     spec = TEACHERS[name]
@@ -227,28 +250,39 @@ def test_trap_antialias(shallow, tmp_path, monkeypatch, name, layout):
 def test_trap_order_of_query_key_value(shallow, tmp_path):
     forward = published_file("phikon", tmp_path, layout="hf")
     state = read_weights(tmp_path / "phikon.bin")
-    cards.write(dict(reversed(state.items())), tmp_path / "phikon.bin")  # the order in the file must not matter
+    cards.write(
+        dict(reversed(state.items())), tmp_path / "phikon.bin"
+    )  # the order in the file must not matter
     assert difference("phikon", load_teacher("phikon", tmp_path), forward) <= 1e-5
     value = "encoder.layer.0.attention.attention.value.weight"
-    state[value], state[value.replace("value", "query")] = state[value.replace("value", "query")], state[value]
+    state[value], state[value.replace("value", "query")] = (
+        state[value.replace("value", "query")],
+        state[value],
+    )
     cards.write(state, tmp_path / "phikon.bin")
     assert difference("phikon", load_teacher("phikon", tmp_path), forward) > 1e-3
 
 
 def test_trap_imagenet_statistics_and_lost_cls_row(shallow, tmp_path, monkeypatch):
     forward = published_file("h_optimus_0", tmp_path)
-    monkeypatch.setitem(TEACHERS, "h_optimus_0", dataclasses.replace(TEACHERS["h_optimus_0"], norm=IMAGENET))
+    monkeypatch.setitem(
+        TEACHERS, "h_optimus_0", dataclasses.replace(TEACHERS["h_optimus_0"], norm=IMAGENET)
+    )
     assert difference("h_optimus_0", load_teacher("h_optimus_0", tmp_path), forward) > 1e-3
     forward = published_file("dinov2_s", tmp_path, "pth", "dinov2")
     state = read_weights(tmp_path / "dinov2_s.pth")
-    cards.write({**state, "pos_embed": state["pos_embed"][:, 1:]}, tmp_path / "dinov2_s.pth")  # not added to CLS
+    cards.write(
+        {**state, "pos_embed": state["pos_embed"][:, 1:]}, tmp_path / "dinov2_s.pth"
+    )  # not added to CLS
     assert difference("dinov2_s", load_teacher("dinov2_s", tmp_path), forward) > 1e-3
 
 
 # ---- forward and the card's embedding -----------------------------------------------------------------------------
 
 CARD_RESIZE = {  # shorter side, interpolation, where it is not 224 bicubic
-    **dict.fromkeys(["uni", "uni2_h", "midnight", "kaiko_s16", "kaiko_b16", "kaiko_l14"], (224, "bilinear")),
+    **dict.fromkeys(
+        ["uni", "uni2_h", "midnight", "kaiko_s16", "kaiko_b16", "kaiko_l14"], (224, "bilinear")
+    ),
     "gigapath": (256, "bicubic"),
 }
 
@@ -268,15 +302,21 @@ def test_embed_is_the_cards_embedding_of_the_cards_view(shallow, tmp_path, monke
         return token[None, :, None].expand(len(x), -1, teacher.dim)
 
     monkeypatch.setattr(teacher.vit, "forward", tokens)
-    sharp = torch.rand(3, 60, 50, generator=torch.Generator().manual_seed(0))  # bilinear and bicubic must differ on it
-    pixels = (F.interpolate(sharp[None], (330, 280), mode="bicubic")[0].clamp(0, 1) * 255).round().byte()
+    sharp = torch.rand(
+        3, 60, 50, generator=torch.Generator().manual_seed(0)
+    )  # bilinear and bicubic must differ on it
+    pixels = (
+        (F.interpolate(sharp[None], (330, 280), mode="bicubic")[0].clamp(0, 1) * 255).round().byte()
+    )
     images = pixels[None] if kind == "uint8" else pixels[None] / 255
     embedding = teacher.embed(images)
     size, mode = CARD_RESIZE.get(name, (224, "bicubic"))
     card = [transforms.Resize(size, transforms.InterpolationMode(mode)), transforms.CenterCrop(224)]
     card += [transforms.ToTensor(), transforms.Normalize(*NORMS[name])]
     expected = transforms.Compose(card)(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
-    assert (seen[0][0] - expected).abs().max() < 2.5 / 255 / min(NORMS[name][1])  # Pillow rounds to uint8 twice
+    assert (seen[0][0] - expected).abs().max() < 2.5 / 255 / min(
+        NORMS[name][1]
+    )  # Pillow rounds to uint8 twice
     patches = torch.arange(prefix, prefix + teacher.grid**2).float().mean()
     assert embedding.shape == (1, teacher.embed_dim) and (embedding[0, : teacher.dim] == 0).all()
     if name in ("virchow2", "midnight"):
@@ -299,7 +339,9 @@ def test_tiles_that_no_teacher_can_take(weights_dir):
     teacher = load_teacher("toy_cells", weights_dir, steps=2)
     with pytest.raises(ValueError, match="given to a ViT"):
         teacher(torch.rand(1, 3, 64, 80))
-    with pytest.raises(InputError, match="toy_cells: a tile of 100 x 15 px is too small; give 16 px or more"):
+    with pytest.raises(
+        InputError, match="toy_cells: a tile of 100 x 15 px is too small; give 16 px or more"
+    ):
         teacher.embed(torch.rand(1, 3, 15, 100))
     assert teacher.embed(torch.rand(1, 3, 16, 100)).shape == (1, 128)
 
@@ -315,7 +357,9 @@ def test_patches_meet_on_the_students_grid_and_images_are_resized(shallow, tmp_p
     torch.testing.assert_close(resampled["patches"], expected)
     assert torch.equal(own["summary"], resampled["summary"])
     torch.testing.assert_close(own["summary"], teacher(images / 255)["summary"])
-    large = F.interpolate(images.float() / 255, (448, 448))  # nearest: the resize back must give about the same tile
+    large = F.interpolate(
+        images.float() / 255, (448, 448)
+    )  # nearest: the resize back must give about the same tile
     assert F.cosine_similarity(teacher(large)["summary"], own["summary"]).item() > 0.99
 
 
@@ -362,24 +406,40 @@ def test_loading_takes_little_more_than_the_model(tmp_path, name, layout, suffix
     cards.write(state, tmp_path / f"{name}.{suffix}")
     size, own, *_ = load(name, tmp_path, depth, torch.bfloat16)
     (tmp_path / f"{name}.{suffix}").unlink()
-    assert size <= own < 1.2 * size + 2**24, (size, own)  # 2^24: what libraries keep, whatever the size
+    assert size <= own < 1.2 * size + 2**24, (
+        size,
+        own,
+    )  # 2^24: what libraries keep, whatever the size
 
 
 # ---- what users get wrong -----------------------------------------------------------------------------------------
 
 
 # ---- open_cache: the files of train.py --cache ---------------------------------------------------------------------
-ROW, RECORD = np.dtype([("done", "u2"), ("a", "f2", (3, 4)), ("b", "f2", (3, 6))]), {"teachers": ["a", "b"]}
+ROW, RECORD = (
+    np.dtype([("done", "u2"), ("a", "f2", (3, 4)), ("b", "f2", (3, 6))]),
+    {"teachers": ["a", "b"]},
+)
 
 
 def test_a_cache_keeps_what_was_written(tmp_path, capsys):
     outputs = teachers.open_cache(tmp_path / "x" / "y", RECORD, ROW, 5)
     assert outputs.dtype == ROW and outputs.shape == (5,) and not outputs["done"].any()
-    assert capsys.readouterr().out.startswith("--cache: the teachers' outputs on 5 tiles take 3.1e-07 GB; ")
-    assert {path.name for path in (tmp_path / "x" / "y").iterdir()} == {"made_from.pt", "outputs", "outputs.lock"}
+    assert capsys.readouterr().out.startswith(
+        "--cache: the teachers' outputs on 5 tiles take 3.1e-07 GB; "
+    )
+    assert {path.name for path in (tmp_path / "x" / "y").iterdir()} == {
+        "made_from.pt",
+        "outputs",
+        "outputs.lock",
+    }
     outputs["b"][1], outputs["done"][1] = 1.5, 1
     again = teachers.open_cache(tmp_path / "x" / "y", RECORD, ROW, 5)
-    assert capsys.readouterr().out == "" and again["done"].tolist() == [0, 1, 0, 0, 0] and (again["b"][1] == 1.5).all()
+    assert (
+        capsys.readouterr().out == ""
+        and again["done"].tolist() == [0, 1, 0, 0, 0]
+        and (again["b"][1] == 1.5).all()
+    )
 
 
 def test_a_foreign_file_in_the_place_of_the_outputs_is_not_overwritten(tmp_path):
@@ -394,7 +454,10 @@ def test_a_foreign_file_in_the_place_of_the_outputs_is_not_overwritten(tmp_path)
 def test_outputs_that_are_cut_off_are_refused_and_missing_ones_made_again(tmp_path):
     teachers.open_cache(tmp_path, RECORD, ROW, 5)
     os.truncate(tmp_path / "outputs", 3)
-    with pytest.raises(InputError, match=f"^--cache: {tmp_path} was made with bytes 3, now 310; give another folder$"):
+    with pytest.raises(
+        InputError,
+        match=f"^--cache: {tmp_path} was made with bytes 3, now 310; give another folder$",
+    ):
         teachers.open_cache(tmp_path, RECORD, ROW, 5)
     (tmp_path / "outputs").unlink()
     assert not teachers.open_cache(tmp_path, RECORD, ROW, 5)["done"].any()
@@ -454,7 +517,8 @@ def test_a_gate_that_is_closed_and_a_cached_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
     with pytest.raises(
-        InputError, match="uni: .*gated: request access .*hf auth login; fetching failed: GatedRepoError"
+        InputError,
+        match="uni: .*gated: request access .*hf auth login; fetching failed: GatedRepoError",
     ):
         find_weights(["uni"], tmp_path)
     cached, asked = tmp_path / "hub" / "pytorch_model.bin", []
@@ -470,7 +534,14 @@ def test_a_gate_that_is_closed_and_a_cached_file(tmp_path, monkeypatch):
     assert find_weights(["uni", "virchow"], tmp_path, fetch=False) == {"uni": cached}
     with pytest.raises(InputError, match="virchow: .*LocalEntryNotFoundError"):
         find_weights(["virchow", "gigapath", "uni"], tmp_path)
-    assert asked == [False, True, True, False, True, True]  # out of reach once, it is not asked again
+    assert asked == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]  # out of reach once, it is not asked again
 
 
 class Payload:
@@ -492,12 +563,16 @@ def test_damaged_files_are_named(shallow, tmp_path):
         published_file("kaiko_s16", tmp_path, suffix)
         whole = (tmp_path / f"kaiko_s16.{suffix}").read_bytes()
         header = struct.pack("<Q", 1 << 60) + b"{}"
-        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"  # not yet pulled
+        pointer = (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"  # not yet pulled
+        )
         for i, content in enumerate((whole[: len(whole) // 2], whole[:-9], b"", header, pointer)):
             path = tmp_path / f"broken-{i}" / f"kaiko_s16.{suffix}"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
-            with pytest.raises(InputError, match=f"kaiko_s16.{suffix} is (damaged|refused)") as error:
+            with pytest.raises(
+                InputError, match=f"kaiko_s16.{suffix} is (damaged|refused)"
+            ) as error:
                 load_teacher("kaiko_s16", path.parent)
             assert "\n" not in str(error.value)
             path.unlink()
@@ -513,14 +588,20 @@ def test_another_models_file_names_the_first_keys_and_shapes(shallow, tmp_path):
     with pytest.raises(InputError) as error:
         load_teacher("uni", tmp_path)
     assert str(tmp_path / "uni.bin") in str(error.value)
-    assert "cls_token is (1, 1, 1280), expected (1, 1, 1024); pos_embed is (1, 197, 1280)" in str(error.value)
-    assert "uni.bin, which should be pytorch_model.bin of MahmoodLab/UNI, holds another model: " in str(error.value)
+    assert "cls_token is (1, 1, 1280), expected (1, 1, 1024); pos_embed is (1, 197, 1280)" in str(
+        error.value
+    )
+    assert (
+        "uni.bin, which should be pytorch_model.bin of MahmoodLab/UNI, holds another model: "
+        in str(error.value)
+    )
     state = VisionTransformer(**TEACHERS["uni"].arch).state_dict()
     state["tail.weight"] = state.pop("norm.weight")
     state["head.weight"] = torch.zeros(10, 1024)  # a classifier is left out
     cards.write(state, tmp_path / "uni.bin")
     with pytest.raises(
-        InputError, match=r"norm.weight is missing, expected \(1024,\); tail.weight is \(1024,\), expected none"
+        InputError,
+        match=r"norm.weight is missing, expected \(1024,\); tail.weight is \(1024,\), expected none",
     ):
         load_teacher("uni", tmp_path)
 
@@ -534,7 +615,9 @@ STRANGE = {
     "positions without rows": lambda state: {**state, "pos_embed": torch.zeros(1, 0, 384)},
     "flat positions": lambda state: {**state, "pos_embed": torch.zeros(384)},
     "a scalar": lambda state: {**state, "norm.weight": torch.tensor(1.0)},
-    "no positions": lambda state: {key: value for key, value in state.items() if key != "pos_embed"},
+    "no positions": lambda state: {
+        key: value for key, value in state.items() if key != "pos_embed"
+    },
     "positions that are no square": lambda state: {**state, "pos_embed": torch.zeros(1, 201, 384)},
     "an empty wrapper": {"state_dict": {}},
 }
@@ -573,7 +656,12 @@ def test_the_list_of_teachers(tmp_path):
     assert result.returncode == 0, result.stderr
     for name, spec in TEACHERS.items():
         entry = re.search(rf"^{name} .*\n.*", result.stdout, re.MULTILINE)[0]
-        for part in (f"width {spec.arch['width']:4}", spec.tile, f"access {spec.gate}", f"licence {spec.licence}"):
+        for part in (
+            f"width {spec.arch['width']:4}",
+            spec.tile,
+            f"access {spec.gate}",
+            f"licence {spec.licence}",
+        ):
             assert part in entry, (name, part)
         if name in cards.COUNTS:
             assert f" {cards.COUNTS[name][1] / 1e6:.3f} M" in entry
@@ -587,7 +675,9 @@ def test_trying_a_teacher_on_a_tile(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     Path("weights").mkdir()
-    cards.write(VisionTransformer(**TEACHERS["kaiko_s16"].arch).state_dict(), Path("weights/kaiko_s16.bin"))
+    cards.write(
+        VisionTransformer(**TEACHERS["kaiko_s16"].arch).state_dict(), Path("weights/kaiko_s16.bin")
+    )
     tile = write_tiles(tmp_path / "tiles", 1, (300, 260))[0]
     result = cli("kaiko_s16", tile, "--device", "cpu", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

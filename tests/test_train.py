@@ -37,7 +37,18 @@ from losses import Standardizers, distillation_loss
 from student import STUDENTS, Student, VisionTransformer, load_student
 from teachers import TEACHERS, load_init
 
-TINY = ["--teacher-steps", "2", "--batch-size", "8", "--device", "cpu", "--dims", "4,16", "--stats-tiles", "16"]
+TINY = [
+    "--teacher-steps",
+    "2",
+    "--batch-size",
+    "8",
+    "--device",
+    "cpu",
+    "--dims",
+    "4,16",
+    "--stats-tiles",
+    "16",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +74,18 @@ def script(*argv, cwd=None, processes=1, **environment):
     """The real command line: a subprocess with one compute thread, like torchrun's."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [*launcher, str(ROOT / argv[0]), *map(str, argv[1:])]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
 
 
 def checkpoint(folder):
@@ -74,7 +93,10 @@ def checkpoint(folder):
 
 
 def losses(folder):
-    return {line["step"]: line["loss"] for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines())}
+    return {
+        line["step"]: line["loss"]
+        for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    }
 
 
 def assert_same(a, b, **tolerance):
@@ -83,10 +105,15 @@ def assert_same(a, b, **tolerance):
     for part in ("student", "standardizers"):
         assert a[part].keys() == b[part].keys()
         for key in a[part]:
-            torch.testing.assert_close(a[part][key], b[part][key], **(tolerance or {"rtol": 0, "atol": 0}))
+            torch.testing.assert_close(
+                a[part][key], b[part][key], **(tolerance or {"rtol": 0, "atol": 0})
+            )
     if not tolerance:
         for key, state in a["optimizer"]["state"].items():
-            assert all(torch.equal(value, b["optimizer"]["state"][key][name]) for name, value in state.items())
+            assert all(
+                torch.equal(value, b["optimizer"]["state"][key][name])
+                for name, value in state.items()
+            )
 
 
 @pytest.fixture
@@ -100,32 +127,50 @@ def shards(tmp_path, tiles):
     """The same tiles in three shards, in a folder of their own."""
     paths = sorted(tiles.iterdir())
     for name, some in zip("abc", (paths[:3], paths[3:7], paths[7:])):
-        write_shard(tmp_path / "shards" / f"{name}.tar", {path.name: path.read_bytes() for path in some})
+        write_shard(
+            tmp_path / "shards" / f"{name}.tar", {path.name: path.read_bytes() for path in some}
+        )
     return tmp_path / "shards"
 
 
 @pytest.mark.parametrize("source", ["demo", "folder", "shards"])
 def test_ten_steps_equal_five_resume_five(tmp_path, run, tiles, shards, source):
-    flags = [*TINY, "--steps", 10, *{"demo": [], "folder": ["--data", tiles], "shards": ["--data", shards]}[source]]
+    flags = [
+        *TINY,
+        "--steps",
+        10,
+        *{"demo": [], "folder": ["--data", tiles], "shards": ["--data", shards]}[source],
+    ]
     run(*flags, "--out", tmp_path / "straight")
     run(*flags, "--out", tmp_path / "halves", "--stop-at", 5)
     assert checkpoint(tmp_path / "halves")["step"] == 5
     run("--resume", tmp_path / "halves", "--workers", 2 if source == "folder" else 0)
     assert_same(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "halves"))
-    steps = [json.loads(line)["step"] for line in (tmp_path / "halves" / "log.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "halves" / "log.jsonl").read_text().splitlines()
+    ]
     assert steps == [5, 10]
 
 
 @pytest.mark.parametrize("source", ["demo", "folder", "cached shards"])
-def test_two_processes_with_accumulation_equal_one(tmp_path, weights_dir, tiles, shards, capsys, source):
+def test_two_processes_with_accumulation_equal_one(
+    tmp_path, weights_dir, tiles, shards, capsys, source
+):
     """The folder's two by torchrun; the others, where it can be, as forks, which need no seconds for their imports."""
     flags = [*TINY, "--steps", 6, "--stop-at", 5, "--lr", 1e-3, "--weights-dir", weights_dir]
     if source == "folder":  # with weights that process 0 alone reads
         torch.manual_seed(7)
-        torch.save({"state_dict": Student("toy", {}, []).backbone.state_dict()}, tmp_path / "init.pt")
+        torch.save(
+            {"state_dict": Student("toy", {}, []).backbone.state_dict()}, tmp_path / "init.pt"
+        )
         flags += ["--data", tiles, "--init", tmp_path / "init.pt"]
     for name, accumulate in (("one", 1), ("two", 2)):
-        more = ["--data", shards, "--cache", tmp_path / f"cache of {name}"] if source == "cached shards" else []
+        more = (
+            ["--data", shards, "--cache", tmp_path / f"cache of {name}"]
+            if source == "cached shards"
+            else []
+        )
         argv = [*flags, *more, "--out", tmp_path / name, "--accumulate", accumulate]
         if name == "one":
             launch(*argv)
@@ -142,7 +187,10 @@ def test_two_processes_with_accumulation_equal_one(tmp_path, weights_dir, tiles,
     # AdamW divides by the root of a gradient that may be nearly zero, so sums in another order show in the weights
     assert_same(checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two"), rtol=1e-3, atol=1e-4)
     fresh = Student("toy", {"toy_cells": 128, "toy_tissue": 128}, [4, 16]).state_dict()
-    moved = checkpoint(tmp_path / "one")["student"]["backbone.norm.weight"] - fresh["backbone.norm.weight"]
+    moved = (
+        checkpoint(tmp_path / "one")["student"]["backbone.norm.weight"]
+        - fresh["backbone.norm.weight"]
+    )
     assert moved.abs().max() > 1e-3  # the tolerance is far below what five steps change
     if source == "cached shards":  # each of two processes made half of it
         one, two = (outputs_in(tmp_path / f"cache of {name}", 12) for name in ("one", "two"))
@@ -153,7 +201,9 @@ def test_two_processes_with_accumulation_equal_one(tmp_path, weights_dir, tiles,
 def outputs_in(cache, n):
     """{teacher: (n, 65, 128)} of a finished cache of the toy teachers."""
     names = ("toy_cells", "toy_tissue")
-    outputs = np.fromfile(cache / "outputs", [("done", "u2"), *((t, "f2", (65, 128)) for t in names)])
+    outputs = np.fromfile(
+        cache / "outputs", [("done", "u2"), *((t, "f2", (65, 128)) for t in names)]
+    )
     assert len(outputs) == n and outputs["done"].all() and (cache / "complete").exists()
     return {t: outputs[t] for t in names}
 
@@ -163,7 +213,10 @@ def ranks(mark):
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            pairs = (text.partition("=") for text in (folder / "environ").read_text(errors="replace").split("\0"))
+            pairs = (
+                text.partition("=")
+                for text in (folder / "environ").read_text(errors="replace").split("\0")
+            )
             environment = {key: value for key, _, value in pairs}
             if environment.get("MARK_OF_TEST") == mark and "RANK" in environment:
                 found[int(environment["RANK"])] = int(folder.name)
@@ -172,9 +225,23 @@ def ranks(mark):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
-def test_a_killed_process_ends_the_others_within_a_minute(tmp_path, run, weights_dir, tiles, launcher):
-    run(*TINY, "--steps", 1, "--data", tiles, "--out", tmp_path / "warm")  # the offline teachers are there
-    flags = [*TINY, "--steps", 10**6, "--log-every", 5, "--data", tiles, "--weights-dir", weights_dir]
+def test_a_killed_process_ends_the_others_within_a_minute(
+    tmp_path, run, weights_dir, tiles, launcher
+):
+    run(
+        *TINY, "--steps", 1, "--data", tiles, "--out", tmp_path / "warm"
+    )  # the offline teachers are there
+    flags = [
+        *TINY,
+        "--steps",
+        10**6,
+        "--log-every",
+        5,
+        "--data",
+        tiles,
+        "--weights-dir",
+        weights_dir,
+    ]
     command = [ROOT / "train.py", *flags, "--out", tmp_path / "run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MARK_OF_TEST": str(tmp_path)}
     if launcher == "torchrun":
@@ -182,16 +249,26 @@ def test_a_killed_process_ends_the_others_within_a_minute(tmp_path, run, weights
     else:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            own = {
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free.getsockname()[1]),
+            }
         starts = [([], {**own, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
     processes, log = [], tmp_path / "run" / "log.jsonl"
     with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
         for arguments, more in starts:
             whole = list(map(str, [sys.executable, *arguments, *command]))
-            processes.append(subprocess.Popen(whole, env=environment | more, stdout=out, stderr=err))
+            processes.append(
+                subprocess.Popen(whole, env=environment | more, stdout=out, stderr=err)
+            )
         try:
             deadline = time.monotonic() + 150
-            while not log.exists() and time.monotonic() < deadline and all(p.poll() is None for p in processes):
+            while (
+                not log.exists()
+                and time.monotonic() < deadline
+                and all(p.poll() is None for p in processes)
+            ):
                 time.sleep(0.1)
             assert log.exists(), (tmp_path / "err").read_text()
             os.kill(ranks(str(tmp_path))[1], signal.SIGKILL)
@@ -200,7 +277,10 @@ def test_a_killed_process_ends_the_others_within_a_minute(tmp_path, run, weights
             text = (tmp_path / "err").read_text()
             assert not ranks(str(tmp_path)), "a process is still there"
         finally:
-            for pid in [*ranks(str(tmp_path)).values(), *(p.pid for p in processes if p.poll() is None)]:
+            for pid in [
+                *ranks(str(tmp_path)).values(),
+                *(p.pid for p in processes if p.poll() is None),
+            ]:
                 os.kill(pid, signal.SIGKILL)
             for process in processes:
                 process.wait()
@@ -208,7 +288,11 @@ def test_a_killed_process_ends_the_others_within_a_minute(tmp_path, run, weights
         assert code != 0 and "Signal 9 (SIGKILL)" in text and "rank      : 1" in text, text
     else:
         last = text.strip().splitlines()[-1]  # what stands before it are torch's warnings
-        assert code == 1 and last.startswith("train.py: another process was lost") and "Traceback" not in text, text
+        assert (
+            code == 1
+            and last.startswith("train.py: another process was lost")
+            and "Traceback" not in text
+        ), text
     assert checkpoint(tmp_path / "run")["step"] == 0  # and that can be gone on with
 
 
@@ -216,7 +300,17 @@ def test_accumulated_gradients_are_the_mean_over_the_whole_batch(tmp_path, run, 
     """AdamW and clipping hide a wrong scale, so the optimiser's own mean of gradients is compared, unclipped."""
     monkeypatch.setattr(train, "CLIP", 1e9)
     for accumulate in (1, 4):
-        run(*TINY, "--steps", 1, "--data", tiles, "--accumulate", accumulate, "--out", tmp_path / str(accumulate))
+        run(
+            *TINY,
+            "--steps",
+            1,
+            "--data",
+            tiles,
+            "--accumulate",
+            accumulate,
+            "--out",
+            tmp_path / str(accumulate),
+        )
     one, four = (checkpoint(tmp_path / name)["optimizer"]["state"] for name in ("1", "4"))
     for key, state in one.items():
         torch.testing.assert_close(state["exp_avg"], four[key]["exp_avg"], rtol=1e-3, atol=1e-6)
@@ -234,7 +328,10 @@ def test_log_and_student_file(tmp_path, run, capsys):
     printed = capsys.readouterr().out
     assert "ETA" in printed and "licence Apache-2.0" in printed
     config = torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]
-    assert config["nested_dims"] == [4, 16, 48] and set(config["teachers"]) == {"toy_cells", "toy_tissue"}
+    assert config["nested_dims"] == [4, 16, 48] and set(config["teachers"]) == {
+        "toy_cells",
+        "toy_tissue",
+    }
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
@@ -245,30 +342,52 @@ def test_the_model_card_says_what_binds_and_its_snippet_runs_in_timm(tmp_path, w
     write_tiles(folder, 3)
     init = tmp_path / "their```{lr}\n# x.pt"
     torch.save({"state_dict": Student("toy", {}, []).backbone.state_dict()}, init)
-    flags = [*TINY, "--steps", 4, "--save-every", 2, "--data", folder, "--init", init, "--weights-dir", weights_dir]
+    flags = [
+        *TINY,
+        "--steps",
+        4,
+        "--save-every",
+        2,
+        "--data",
+        folder,
+        "--init",
+        init,
+        "--weights-dir",
+        weights_dir,
+    ]
     launch(*flags, "--stop-at", 2, "--out", tmp_path / "run")
     card = (tmp_path / "run" / "model_card.md").read_text()
     licence = TEACHERS["toy_cells"].licence
-    assert card.startswith("# Student toy: 0.154 M parameters, nested dims m of [4, 16, 48], step 2 of 4\n")
+    assert card.startswith(
+        "# Student toy: 0.154 M parameters, nested dims m of [4, 16, 48], step 2 of 4\n"
+    )
     assert f"\n  - toy_cells: {licence}\n  - toy_tissue: {licence}\n" in card
     assert (
         repr(f"3 tiles of {folder}") in card
         and repr(init.name)[1:-1] in card
         and "ask where the file comes from" in card
     )
-    assert "batch 8, lr 0.005, standardize phi-s, torch.float32, seed 0. Saves renew this card" in card
-    assert card.count("\n#") == 0 and card.count("```") == 2 + 1  # the names open no section and no fence
+    assert (
+        "batch 8, lr 0.005, standardize phi-s, torch.float32, seed 0. Saves renew this card" in card
+    )
+    assert (
+        card.count("\n#") == 0 and card.count("```") == 2 + 1
+    )  # the names open no section and no fence
     (tmp_path / "run" / "model_card.md").write_text(card + "\n## Evaluation on tiles\n")
     launch("--resume", tmp_path / "run", "--weights-dir", weights_dir)
     renewed = (tmp_path / "run" / "model_card.md").read_text()
-    assert renewed == card.replace("step 2 of 4", "step 4 of 4")  # an evaluation of the student of step 2 is gone
+    assert renewed == card.replace(
+        "step 2 of 4", "step 4 of 4"
+    )  # an evaluation of the student of step 2 is gone
     [snippet] = re.findall(r"```python\n(.*?)```", renewed, re.DOTALL)
     student, _ = load_student(tmp_path / "run")
     images = torch.rand(2, 3, 64, 64)
     torch.save((images - student.mean) / student.std, tmp_path / "images.pt")
     script = f"import torch\nm = 48; images = torch.load('../images.pt')\n{snippet}\ntorch.save(z, '../z.pt')"
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path / "run", check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "z.pt"), student(images)["summary"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.load(tmp_path / "z.pt"), student(images)["summary"], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_demos_card_has_its_table(tmp_path, run):
@@ -281,8 +400,14 @@ def test_the_demos_card_has_its_table(tmp_path, run):
 @pytest.mark.parametrize("name", STUDENTS)
 def test_the_cards_settings_make_every_student_in_timm(name):
     card = train.CARD.format_map(collections.defaultdict(str, STUDENTS[name], size=1.0))
-    [call] = [node for node in ast.walk(ast.parse(card.split("```")[1][6:])) if getattr(node, "keywords", None)]
-    settings = {x.arg: ast.literal_eval(x.value) for x in call.keywords if x.arg != "checkpoint_path"}
+    [call] = [
+        node
+        for node in ast.walk(ast.parse(card.split("```")[1][6:]))
+        if getattr(node, "keywords", None)
+    ]
+    settings = {
+        x.arg: ast.literal_eval(x.value) for x in call.keywords if x.arg != "checkpoint_path"
+    }
     model = oracle("timm").create_model(call.args[0].value, **settings)
     model.load_state_dict(VisionTransformer(**STUDENTS[name]).state_dict(), strict=True)
 
@@ -299,7 +424,11 @@ def test_a_loss_that_samples_its_dims_is_logged(tmp_path, run, monkeypatch):
     monkeypatch.setattr(losses_module, "nested_loss", sampled)
     run(*TINY, "--steps", 3, "--log-every", 1, "--out", tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [set(line["terms"]["toy_cells/patch_cos"]) for line in lines] == [{"4", "48"}, {"16"}, {"16", "48"}]
+    assert [set(line["terms"]["toy_cells/patch_cos"]) for line in lines] == [
+        {"4", "48"},
+        {"16"},
+        {"16", "48"},
+    ]
 
 
 def test_a_finished_run_says_so(tmp_path, run, capsys):
@@ -312,7 +441,13 @@ def test_a_finished_run_says_so(tmp_path, run, capsys):
 
 def test_resume_keeps_its_arguments_and_its_tiles(tmp_path, run, tiles):
     run(*TINY, "--steps", 3, "--stop-at", 1, "--data", tiles, "--out", tmp_path / "run")
-    for flag, value in (("--lr", 1), ("--steps", 9), ("--teachers", "toy_cells"), ("--seed", 4), ("--dims", "2")):
+    for flag, value in (
+        ("--lr", 1),
+        ("--steps", 9),
+        ("--teachers", "toy_cells"),
+        ("--seed", 4),
+        ("--dims", "2"),
+    ):
         with pytest.raises(InputError, match=f"{flag}: this run has"):
             run("--resume", tmp_path / "run", flag, value)
     write_tiles(tiles / "more", 1)
@@ -328,16 +463,22 @@ def test_a_run_is_never_overwritten(tmp_path, run):
     run(*TINY, "--steps", 1, "--out", tmp_path / "run")
     (tmp_path / "run-2").mkdir()
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    with pytest.raises(InputError, match=rf"--resume {tmp_path}/run, or begin another with --out {tmp_path}/run-3"):
+    with pytest.raises(
+        InputError, match=rf"--resume {tmp_path}/run, or begin another with --out {tmp_path}/run-3"
+    ):
         run(*TINY, "--steps", 1, "--out", tmp_path / "run")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, run):
-    with pytest.raises(InputError, match=r"^step [23]: the (loss|gradient) is not finite; .*last.pt is from before"):
+    with pytest.raises(
+        InputError, match=r"^step [23]: the (loss|gradient) is not finite; .*last.pt is from before"
+    ):
         run(*TINY, "--steps", 5, "--lr", 1e30, "--out", tmp_path / "run")
     kept = checkpoint(tmp_path / "run")
-    assert kept["step"] == 0 and all(torch.isfinite(value).all() for value in kept["student"].values())
+    assert kept["step"] == 0 and all(
+        torch.isfinite(value).all() for value in kept["student"].values()
+    )
 
 
 class Spy(train.Distiller):
@@ -349,7 +490,9 @@ class Spy(train.Distiller):
 
 
 @pytest.mark.parametrize("scaler", [False, True])  # of fp16, which needs CUDA; here it only scales
-@pytest.mark.parametrize(("what", "accumulate"), [("loss nan", 1), ("loss inf", 2), ("gradient nan", 2)])
+@pytest.mark.parametrize(
+    ("what", "accumulate"), [("loss nan", 1), ("loss inf", 2), ("gradient nan", 2)]
+)
 def test_from_a_step_that_is_not_finite_on_no_weight_changes(
     tmp_path, run, tiles, monkeypatch, what, accumulate, scaler
 ):
@@ -361,7 +504,13 @@ def test_from_a_step_that_is_not_finite_on_no_weight_changes(
         loss, parts = nested_loss(student, tokens, targets)
         calls.append(loss.item())
         if len(calls) == 4 * accumulate + 1:
-            loss = loss * math.nan if what == "loss nan" else loss + math.inf if what == "loss inf" else loss * 1
+            loss = (
+                loss * math.nan
+                if what == "loss nan"
+                else loss + math.inf
+                if what == "loss inf"
+                else loss * 1
+            )
             if what == "gradient nan":
                 loss.register_hook(lambda gradient: gradient * math.nan)
         return loss, parts
@@ -372,12 +521,25 @@ def test_from_a_step_that_is_not_finite_on_no_weight_changes(
     monkeypatch.setattr(torch.amp, "GradScaler", enabled)
     monkeypatch.setattr(losses_module, "nested_loss", broken_in_step_5)
     monkeypatch.setattr(train, "Distiller", Spy)
-    flags = ["--steps", 20, "--log-every", 10, "--save-every", 4, "--accumulate", accumulate, "--data", tiles]
+    flags = [
+        "--steps",
+        20,
+        "--log-every",
+        10,
+        "--save-every",
+        4,
+        "--accumulate",
+        accumulate,
+        "--data",
+        tiles,
+    ]
     kind = what.split()[0]
     message = rf"^step 5: the {kind} is not finite; {tmp_path}/run/last\.pt is from before: begin another run, with"
     with pytest.raises(InputError, match=message):
         run(*TINY, *flags, "--out", tmp_path / "run")
-    assert len(calls) == 8 * accumulate and not (tmp_path / "run" / "log.jsonl").exists()  # noticed at the save of 8
+    assert (
+        len(calls) == 8 * accumulate and not (tmp_path / "run" / "log.jsonl").exists()
+    )  # noticed at the save of 8
     last, weights = checkpoint(tmp_path / "run"), Spy.student.state_dict()
     assert last["step"] == 4 and all(value.isfinite().all() for value in last["student"].values())
     if not scaler:  # that of fp16 has a mask of its own, for each step alone
@@ -416,9 +578,16 @@ def test_between_log_lines_the_host_reads_no_tensor(tmp_path, run, tiles, monkey
 
         monkeypatch.setattr(torch.Tensor, name, counted)
 
-    class Readings(TorchDispatchMode):  # those that torch does itself, as clip_grad_norm_ would on request
+    class Readings(
+        TorchDispatchMode
+    ):  # those that torch does itself, as clip_grad_norm_ would on request
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"):
+            if function.name() in (
+                "aten::_local_scalar_dense",
+                "aten::nonzero",
+                "aten::equal",
+                "aten::is_nonzero",
+            ):
                 seen[function.name()] += 1
             return function(*args, **(kwargs or {}))
 
@@ -429,22 +598,40 @@ def test_between_log_lines_the_host_reads_no_tensor(tmp_path, run, tiles, monkey
     monkeypatch.setattr(train, "learning_rate", learning_rate)
     flags = ["--steps", 8, "--log-every", 8, "--accumulate", 2, "--data", tiles]
     with Readings():
-        run(*TINY, *flags, *(["--cache", tmp_path / "cache"] if cache else []), "--out", tmp_path / "run")
-    assert len(counts) == 8 and all(count == counts[1] for count in counts[2:]), counts  # step 1 starts the loader
-    assert seen["item"] > counts[-1].get("item", 0) and seen["aten::_local_scalar_dense"]  # the log line is counted
+        run(
+            *TINY,
+            *flags,
+            *(["--cache", tmp_path / "cache"] if cache else []),
+            "--out",
+            tmp_path / "run",
+        )
+    assert len(counts) == 8 and all(count == counts[1] for count in counts[2:]), (
+        counts
+    )  # step 1 starts the loader
+    assert (
+        seen["item"] > counts[-1].get("item", 0) and seen["aten::_local_scalar_dense"]
+    )  # the log line is counted
 
 
 def test_counted_memory_of_vit_b_and_three_giants_at_batch_64():
     """What must lie on a GPU at once for --student vit_b --batch-size 64 in bf16: below 22 GB, counted on the CPU."""
     names, dims, batch = ("virchow2", "uni2_h", "h_optimus_1"), train.DEFAULTS["vit_b"]["dims"], 64
     teacher_dims = {name: TEACHERS[name].arch["width"] for name in names}
-    assert teacher_dims == {"virchow2": 1280, "uni2_h": 1536, "h_optimus_1": 1536} and dims == [48, 96, 192, 384, 768]
+    assert teacher_dims == {"virchow2": 1280, "uni2_h": 1536, "h_optimus_1": 1536} and dims == [
+        48,
+        96,
+        192,
+        384,
+        768,
+    ]
     model = train.Distiller(Student("vit_b", teacher_dims, dims))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def tokens_of(B):
         D = teacher_dims.items()
-        return {t: {"summary": torch.randn(B, D_t), "patches": torch.randn(B, 256, D_t)} for t, D_t in D}
+        return {
+            t: {"summary": torch.randn(B, D_t), "patches": torch.randn(B, 256, D_t)} for t, D_t in D
+        }
 
     def saved_bytes(B):
         """Bytes kept for backward, of unique storages, without parameters (bf16 copies of them are counted)."""
@@ -460,58 +647,100 @@ def test_counted_memory_of_vit_b_and_three_giants_at_batch_64():
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16):
             loss, _ = model(images, targets)
-        given = {y.untyped_storage().data_ptr() for tokens in targets.values() for y in tokens.values()}
-        assert loss.requires_grad and kept.keys() & given  # the targets are among what is kept; counted below, once
+        given = {
+            y.untyped_storage().data_ptr() for tokens in targets.values() for y in tokens.values()
+        }
+        assert (
+            loss.requires_grad and kept.keys() & given
+        )  # the targets are among what is kept; counted below, once
         return sum(storage.nbytes() for address, storage in kept.items() if address not in given)
 
     one, two = saved_bytes(1), saved_bytes(2)
     with torch.device("meta"):
         vits = {name: VisionTransformer(**TEACHERS[name].arch) for name in names}
-    outputs = batch * sum((1 + 256) * D_t for D_t in teacher_dims.values())  # numbers of the teachers' tokens
+    outputs = batch * sum(
+        (1 + 256) * D_t for D_t in teacher_dims.values()
+    )  # numbers of the teachers' tokens
     parts = {
         "kept for backward": one + (batch - 1) * (two - one),
         "teachers, bf16": 2 * sum(p.numel() for vit in vits.values() for p in vit.parameters()),
-        "student and heads: weights, gradients, moments": 16 * sum(p.numel() for p in model.parameters()),
+        "student and heads: weights, gradients, moments": 16
+        * sum(p.numel() for p in model.parameters()),
         "standardisers": sum(b.nbytes for b in Standardizers(teacher_dims).buffers()),
         "targets, fp32": 4 * outputs,
         "teachers' outputs, bf16": 2 * outputs,
     }
     print(*(f"{size / 1e9:7.3f} GB {part}" for part, size in parts.items()), sep="\n")
     print(f"{sum(parts.values()) / 1e9:7.3f} GB in all")
-    assert one > 50e6 and two > 1.5 * one - 500e6  # something was counted, and it grows with the batch
+    assert (
+        one > 50e6 and two > 1.5 * one - 500e6
+    )  # something was counted, and it grows with the batch
     assert sum(parts.values()) < 22e9
 
 
 @pytest.mark.parametrize("form", ["a folder", "a list", "a pattern", "one shard"])
 def test_shards_on_the_command_line(tmp_path, run, shards, capsys, form):
     a, b, c = (str(shards / f"{name}.tar") for name in "abc")
-    given = {"a folder": [f"{shards}/"], "a list": [c, a, b], "a pattern": [f"{shards}/*.tar"], "one shard": [b]}[form]
+    given = {
+        "a folder": [f"{shards}/"],
+        "a list": [c, a, b],
+        "a pattern": [f"{shards}/*.tar"],
+        "one shard": [b],
+    }[form]
     for name in ("first", "second"):  # the second finds the index
         run(*TINY, "--steps", 1, "--data", *given, "--out", tmp_path / name)
     n = 4 if form == "one shard" else 12
     assert f"{n} tiles of " in capsys.readouterr().out and (tmp_path / "shards.index").exists()
     tiles = checkpoint(tmp_path / "first")["tiles"]
-    assert tiles["count"] == n and tiles == data.FolderTiles(shards if n == 12 else b, 64, 0).fingerprint()
+    assert (
+        tiles["count"] == n
+        and tiles == data.FolderTiles(shards if n == 12 else b, 64, 0).fingerprint()
+    )
     assert_same(checkpoint(tmp_path / "first"), checkpoint(tmp_path / "second"))
 
 
 @pytest.mark.parametrize("form", ["a folder", "one shard", "a pattern"])
 def test_embeddings_of_shards_are_those_of_the_files(tmp_path, tiles, shards, monkeypatch, form):
     student = Student("toy", {}, [4])
-    config = {"student": "toy", "arch": STUDENTS["toy"], "nested_dims": [4, 48], "step": 1, "steps": 1, "teachers": {}}
-    torch.save({"state_dict": student.backbone.state_dict(), "config": config}, tmp_path / "student.pt")
+    config = {
+        "student": "toy",
+        "arch": STUDENTS["toy"],
+        "nested_dims": [4, 48],
+        "step": 1,
+        "steps": 1,
+        "teachers": {},
+    }
+    torch.save(
+        {"state_dict": student.backbone.state_dict(), "config": config}, tmp_path / "student.pt"
+    )
     if form != "a folder":
-        write_shard(shards / "all.tar", {path.name: path.read_bytes() for path in sorted(tiles.iterdir())})
-    given = {"a folder": shards, "one shard": shards / "all.tar", "a pattern": f"{shards}/[a-c].tar"}[form]
+        write_shard(
+            shards / "all.tar", {path.name: path.read_bytes() for path in sorted(tiles.iterdir())}
+        )
+    given = {
+        "a folder": shards,
+        "one shard": shards / "all.tar",
+        "a pattern": f"{shards}/[a-c].tar",
+    }[form]
     embeddings = {}
     for name, path in (("folder", tiles), ("shards", given)):
-        argv = ["evaluate.py", tmp_path / "student.pt", "--embed", path, "--out", tmp_path / f"{name}.npz"]
+        argv = [
+            "evaluate.py",
+            tmp_path / "student.pt",
+            "--embed",
+            path,
+            "--out",
+            tmp_path / f"{name}.npz",
+        ]
         monkeypatch.setattr(sys, "argv", list(map(str, [*argv, "--device", "cpu"])))
         evaluate.main()
         exported = np.load(tmp_path / f"{name}.npz")
         paths = [os.path.basename(path) for path in exported["paths"].tolist()]
         embeddings[name] = dict(zip(paths, exported["embeddings"]))
-    assert embeddings["folder"].keys() == embeddings["shards"].keys() and len(embeddings["folder"]) == 12
+    assert (
+        embeddings["folder"].keys() == embeddings["shards"].keys()
+        and len(embeddings["folder"]) == 12
+    )
     for name, embedding in embeddings["folder"].items():
         np.testing.assert_allclose(embeddings["shards"][name], embedding, rtol=1e-4, atol=1e-5)
 
@@ -523,7 +752,9 @@ def test_cached_tiles_keep_images_and_outputs_together():
     outputs = np.zeros(100, [("done", "u2"), ("a", "f2", (6, 2))])
 
     def teach(batch):
-        first = batch["image"][:, 0, 0, 0].float()[:, None].expand(-1, 2) + 0.1  # 0.1 is no fp16 number
+        first = (
+            batch["image"][:, 0, 0, 0].float()[:, None].expand(-1, 2) + 0.1
+        )  # 0.1 is no fp16 number
         return {"a": {"summary": first, "patches": first[:, None].expand(-1, 5, 2) + 1}}
 
     cached = train.CachedTiles(tiles, rows, outputs, seed=1)
@@ -564,12 +795,17 @@ def one_by_one(teacher, images, grid=None, forward=teachers.Teacher.forward):
     return {kind: torch.cat([tokens[kind] for tokens in alone]).half() for kind in alone[0]}
 
 
-def test_a_cached_run_is_the_uncached_run_on_the_same_views_bit_for_bit(tmp_path, run, cached, monkeypatch):
+def test_a_cached_run_is_the_uncached_run_on_the_same_views_bit_for_bit(
+    tmp_path, run, cached, monkeypatch
+):
     monkeypatch.setattr(teachers.Teacher, "forward", one_by_one)
     flags = [*CACHED, "--data", cached / "tiles"]
     run(*flags, "--out", tmp_path / "uncached")
     run(*flags, "--cache", tmp_path / "cache", "--out", tmp_path / "cached")
-    assert losses(tmp_path / "uncached") == losses(tmp_path / "cached") and len(losses(tmp_path / "cached")) == 6
+    assert (
+        losses(tmp_path / "uncached") == losses(tmp_path / "cached")
+        and len(losses(tmp_path / "cached")) == 6
+    )
     assert_same(checkpoint(tmp_path / "uncached"), checkpoint(tmp_path / "cached"))
 
 
@@ -580,7 +816,9 @@ def test_a_cached_run_differs_from_the_uncached_by_the_rounding_to_fp16(tmp_path
     run(*flags, "--cache", cached / "cache", "--out", tmp_path / "cached")
     uncached, rounded = losses(tmp_path / "uncached"), losses(tmp_path / "cached")
     # the first loss sees the rounding of targets alone, the others that of AdamW's first steps too
-    assert abs(rounded[1] / uncached[1] - 1) < HALF / 10 and abs(rounded[3] / uncached[3] - 1) < HALF
+    assert (
+        abs(rounded[1] / uncached[1] - 1) < HALF / 10 and abs(rounded[3] / uncached[3] - 1) < HALF
+    )
 
 
 def test_cached_rows_are_the_teachers_outputs_on_the_first_epochs_views(cached, weights_dir):
@@ -593,13 +831,20 @@ def test_cached_rows_are_the_teachers_outputs_on_the_first_epochs_views(cached, 
         torch.testing.assert_close(got, expected, rtol=1.1 * HALF, atol=1e-5)
 
 
-def test_a_full_cache_needs_no_teacher_no_weights_and_no_certain_seed(tmp_path, cached, monkeypatch, capsys):
+def test_a_full_cache_needs_no_teacher_no_weights_and_no_certain_seed(
+    tmp_path, cached, monkeypatch, capsys
+):
     monkeypatch.setattr(teachers, "load_teacher", no_teacher)
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (cached / "cache").iterdir()}
+    before = {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (cached / "cache").iterdir()
+    }
     flags = [*CACHED, "--stop-at", 3, "--data", cached / "tiles", "--cache", cached / "cache"]
     flags += ["--weights-dir", tmp_path / "nothing"]
     launch(*flags, "--out", tmp_path / "again")
-    assert f"teacher toy_cells: its outputs in {cached / 'cache'}; licence Apache-2.0" in capsys.readouterr().out
+    assert (
+        f"teacher toy_cells: its outputs in {cached / 'cache'}; licence Apache-2.0"
+        in capsys.readouterr().out
+    )
     assert_same(checkpoint(cached / "run"), checkpoint(tmp_path / "again"))
     seeds, original = [], data.FolderTiles.__init__
 
@@ -611,12 +856,22 @@ def test_a_full_cache_needs_no_teacher_no_weights_and_no_certain_seed(tmp_path, 
     launch(*flags, "--seed", 3, "--out", tmp_path / "other")
     assert seeds == [0]  # the views are those that the teachers saw
     assert losses(tmp_path / "other") != losses(tmp_path / "again") == losses(cached / "run")
-    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (cached / "cache").iterdir()}
+    assert before == {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (cached / "cache").iterdir()
+    }
 
 
 def test_a_cached_run_resumed_equals_the_straight_run(tmp_path, run, cached, monkeypatch):
     monkeypatch.setattr(teachers, "load_teacher", no_teacher)
-    run(*CACHED, "--data", cached / "tiles", "--cache", cached / "cache", "--out", tmp_path / "straight")
+    run(
+        *CACHED,
+        "--data",
+        cached / "tiles",
+        "--cache",
+        cached / "cache",
+        "--out",
+        tmp_path / "straight",
+    )
     shutil.copytree(cached / "run", tmp_path / "halves")
     run("--resume", tmp_path / "halves", "--stop-at", 6, "--workers", 2)
     assert_same(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "halves"))
@@ -629,13 +884,19 @@ def test_a_cache_from_shards(tmp_path, run, shards, weights_dir, monkeypatch):
     run(*flags, "--out", tmp_path / "first")
     tiles = data.FolderTiles(shards, 64, 0)
     for name, rows in outputs_in(tmp_path / "cache", 12).items():
-        expected = teachers.load_teacher(name, weights_dir, steps=2)(tiles[7]["image"][None])["summary"][0]
-        torch.testing.assert_close(torch.from_numpy(rows[7, 0]).float(), expected, rtol=1.1 * HALF, atol=1e-5)
+        expected = teachers.load_teacher(name, weights_dir, steps=2)(tiles[7]["image"][None])[
+            "summary"
+        ][0]
+        torch.testing.assert_close(
+            torch.from_numpy(rows[7, 0]).float(), expected, rtol=1.1 * HALF, atol=1e-5
+        )
     monkeypatch.setattr(teachers, "load_teacher", no_teacher)
     run(*flags, "--out", tmp_path / "second")
     assert_same(checkpoint(tmp_path / "first"), checkpoint(tmp_path / "second"))
     shutil.copy(shards / "a.tar", shards / "d.tar")
-    with pytest.raises(InputError, match="--cache: .* was made with tiles 12 tiles, .*, now 15 tiles, "):
+    with pytest.raises(
+        InputError, match="--cache: .* was made with tiles 12 tiles, .*, now 15 tiles, "
+    ):
         run(*flags, "--out", tmp_path / "third")
 
 
@@ -654,8 +915,13 @@ def test_an_interrupted_cache_goes_on_where_it_was(tmp_path, run, cached, monkey
         run(*flags, "--out", tmp_path / "run")
     row = 2 + 2 * 2 * 65 * 128  # bytes: done, two teachers
     assert (tmp_path / "cache" / "outputs").read_bytes()[::row] == b"\1" * 64 + b"\0" * 16
-    run(*flags, "--out", tmp_path / "run")  # it holds no checkpoint yet, so the same command goes on
-    assert seen == [("toy_cells", 64), ("toy_tissue", 64), ("toy_cells", 16), ("toy_tissue", 16)] + seen[4:]
+    run(
+        *flags, "--out", tmp_path / "run"
+    )  # it holds no checkpoint yet, so the same command goes on
+    assert (
+        seen
+        == [("toy_cells", 64), ("toy_tissue", 64), ("toy_cells", 16), ("toy_tissue", 16)] + seen[4:]
+    )
     assert seen[4:] == [("toy_cells", 16), ("toy_tissue", 16)]
     assert_same(checkpoint(cached / "run"), checkpoint(tmp_path / "run"))
     for path in (cached / "cache").iterdir():
@@ -667,7 +933,19 @@ def test_a_cache_replaces_unreadable_tiles_as_a_run_does(tmp_path, run, tiles, m
     (tiles / "broken.png").write_bytes(b"broken")
     broken = data.list_tiles(tiles).index("broken.png")
     k = epoch_order(0, 0, 113).tolist().index(broken)  # sample k of seed 0 would be the broken tile
-    flags = [*TINY, "--batch-size", 16, "--steps", 8, "--stop-at", k // 16 + 1, "--log-every", 1, "--data", tiles]
+    flags = [
+        *TINY,
+        "--batch-size",
+        16,
+        "--steps",
+        8,
+        "--stop-at",
+        k // 16 + 1,
+        "--log-every",
+        1,
+        "--data",
+        tiles,
+    ]
     monkeypatch.setattr(teachers.Teacher, "forward", one_by_one)
     run(*flags, "--out", tmp_path / "uncached")
     run(*flags, "--cache", tmp_path / "cache", "--out", tmp_path / "cached")
@@ -693,7 +971,10 @@ def enlarge(path):
 
 
 OTHERS = {  # what is changed: the flags, and what the message says
-    "teachers": (["--teachers", "toy_cells"], r"teachers \['toy_cells', 'toy_tissue'\], now \['toy_cells'\]"),
+    "teachers": (
+        ["--teachers", "toy_cells"],
+        r"teachers \['toy_cells', 'toy_tissue'\], now \['toy_cells'\]",
+    ),
     "weights": ([], "weights of toy_tissue [0-9a-f]{64}, now [0-9a-f]{64}"),
     "tile added": ([], "tiles 80 tiles, [0-9a-f]{16}, now 81 tiles, [0-9a-f]{16}"),
     "tile removed": ([], "tiles 80 tiles, [0-9a-f]{16}, now 79 tiles, [0-9a-f]{16}"),
@@ -702,13 +983,21 @@ OTHERS = {  # what is changed: the flags, and what the message says
     "tile renamed": ([], "tiles 80 tiles, [0-9a-f]{16}, now 80 tiles, [0-9a-f]{16}"),
     "size": (["--student", "vit_s"], "crop 64, now 224"),
     "grid": ([], "grid 8, now 4"),
-    "steps": (["--teacher-steps", 3], r"recipe \{'steps': 2, 'seed': 0\}, now \{'steps': 3, 'seed': 0\}"),
-    "seed": (["--teacher-seed", 3], r"recipe \{'steps': 2, 'seed': 0\}, now \{'steps': 2, 'seed': 3\}"),
+    "steps": (
+        ["--teacher-steps", 3],
+        r"recipe \{'steps': 2, 'seed': 0\}, now \{'steps': 3, 'seed': 0\}",
+    ),
+    "seed": (
+        ["--teacher-seed", 3],
+        r"recipe \{'steps': 2, 'seed': 0\}, now \{'steps': 2, 'seed': 3\}",
+    ),
 }
 
 
 @pytest.mark.parametrize("changed", OTHERS)
-def test_a_cache_made_from_something_else_is_refused_by_name(tmp_path, cached, weights_dir, monkeypatch, changed):
+def test_a_cache_made_from_something_else_is_refused_by_name(
+    tmp_path, cached, weights_dir, monkeypatch, changed
+):
     tiles, cache, weights = (tmp_path / name for name in ("tiles", "cache", "weights"))
     shutil.copytree(cached / "tiles", tiles)
     shutil.copytree(cached / "cache", cache)
@@ -727,7 +1016,17 @@ def test_a_cache_made_from_something_else_is_refused_by_name(tmp_path, cached, w
     change.get(changed, lambda: None)()
     before = {path: path.read_bytes() for path in cache.iterdir()}
     monkeypatch.setattr(teachers, "load_teacher", no_teacher)
-    flags = [*CACHED, "--data", tiles, "--cache", cache, "--weights-dir", weights, "--out", tmp_path / "run"]
+    flags = [
+        *CACHED,
+        "--data",
+        tiles,
+        "--cache",
+        cache,
+        "--weights-dir",
+        weights,
+        "--out",
+        tmp_path / "run",
+    ]
     with pytest.raises(
         InputError, match=f"^--cache: {cache} was made with {OTHERS[changed][1]}; give another"
     ) as error:
@@ -748,26 +1047,61 @@ def test_a_cache_in_another_place_is_as_good(tmp_path, cached, monkeypatch):
     for name in ("tiles", "cache"):
         shutil.copytree(cached / name, tmp_path / f"moved {name}")
     monkeypatch.setattr(teachers, "load_teacher", no_teacher)
-    flags = ["--data", tmp_path / "moved tiles", "--cache", tmp_path / "moved cache", "--weights-dir", tmp_path]
+    flags = [
+        "--data",
+        tmp_path / "moved tiles",
+        "--cache",
+        tmp_path / "moved cache",
+        "--weights-dir",
+        tmp_path,
+    ]
     launch(*CACHED, "--stop-at", 1, *flags, "--out", tmp_path / "run")
     assert losses(tmp_path / "run")[1] == losses(cached / "run")[1]
 
 
-def test_a_disk_without_the_space_for_a_cache_is_refused_before_anything_is_written(tmp_path, run, tiles, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
-    with pytest.raises(InputError, match=f"^--cache: {tmp_path}/deep/er lacks 0.000299 GB; take") as error:
-        run(*TINY, "--steps", 1, "--data", tiles, "--cache", tmp_path / "deep" / "er", "--out", tmp_path / "run")
+def test_a_disk_without_the_space_for_a_cache_is_refused_before_anything_is_written(
+    tmp_path, run, tiles, monkeypatch
+):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5)
+    )
+    with pytest.raises(
+        InputError, match=f"^--cache: {tmp_path}/deep/er lacks 0.000299 GB; take"
+    ) as error:
+        run(
+            *TINY,
+            "--steps",
+            1,
+            "--data",
+            tiles,
+            "--cache",
+            tmp_path / "deep" / "er",
+            "--out",
+            tmp_path / "run",
+        )
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "deep" / "er" / "outputs").exists() and not (tmp_path / "run" / "last.pt").exists()
+    assert (
+        not (tmp_path / "deep" / "er" / "outputs").exists()
+        and not (tmp_path / "run" / "last.pt").exists()
+    )
 
 
 def test_a_damaged_cache_is_refused_by_the_run(tmp_path, run, cached):
     shutil.copytree(cached / "cache", tmp_path / "cache")
     with open(tmp_path / "cache" / "outputs", "r+b") as file:
         file.truncate(1000)
-    flags = [*CACHED, "--data", cached / "tiles", "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
+    flags = [
+        *CACHED,
+        "--data",
+        cached / "tiles",
+        "--cache",
+        tmp_path / "cache",
+        "--out",
+        tmp_path / "run",
+    ]
     with pytest.raises(
-        InputError, match=rf"--cache: {tmp_path}/cache was made with bytes 1000, now 2662560; give another"
+        InputError,
+        match=rf"--cache: {tmp_path}/cache was made with bytes 1000, now 2662560; give another",
     ):
         run(*flags)
 
@@ -830,9 +1164,13 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, line):
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 2.00 GiB free."),
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 2.00 GiB free."
+        ),
         MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
         RuntimeError("a fault of ours"),
     ],
 )
@@ -846,20 +1184,32 @@ def test_out_of_memory_names_the_flags_to_lower(monkeypatch, capsys, error):
     with pytest.raises(RuntimeError if ours else SystemExit) as stop:
         teachers.run_main(main)
     line = capsys.readouterr().err
-    assert ours or (stop.value.code == 2 and line.startswith("train.py: out of memory; anew, lower --batch-size"))
+    assert ours or (
+        stop.value.code == 2
+        and line.startswith("train.py: out of memory; anew, lower --batch-size")
+    )
     assert line.count("\n") == (not ours) and (ours or "--accumulate" in line)
 
 
 def test_an_empty_folder_and_a_missing_run_on_the_real_command_line(tmp_path):
     for argv, expected in (
-        (["train.py", "--data", tmp_path, "--device", "cpu"], f"train.py: --data: {tmp_path} holds no images"),
+        (
+            ["train.py", "--data", tmp_path, "--device", "cpu"],
+            f"train.py: --data: {tmp_path} holds no images",
+        ),
         (["evaluate.py", tmp_path / "x"], f"evaluate.py: {tmp_path}/x does not exist"),
     ):
         result = script(*argv, cwd=tmp_path)
-        assert result.returncode == 2 and result.stderr.startswith(expected) and result.stderr.count("\n") == 1
+        assert (
+            result.returncode == 2
+            and result.stderr.startswith(expected)
+            and result.stderr.count("\n") == 1
+        )
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_anything_slow(tmp_path, monkeypatch, capsys, weights_dir):
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_slow(
+    tmp_path, monkeypatch, capsys, weights_dir
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(sys, "argv", ["train.py"])
     for out, weights in (("file", weights_dir), ("run", f"{tmp_path}/file/w")):
@@ -867,7 +1217,11 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_slow(tmp_path, 
         with pytest.raises(SystemExit) as stop:
             teachers.run_main(lambda argv=argv: train.train(train.parse_args(argv)))
         printed = capsys.readouterr()
-        assert stop.value.code == 2 and printed.err.count("\n") == 1 and f"{tmp_path}/file" in printed.err
+        assert (
+            stop.value.code == 2
+            and printed.err.count("\n") == 1
+            and f"{tmp_path}/file" in printed.err
+        )
         assert "step 1/1" not in printed.out and "training" not in printed.out
 
 
@@ -895,10 +1249,17 @@ def test_vit_s_from_the_loop_loads_into_timm_at_every_dim(tmp_path, run, tiles):
         z = student(images)["summary"]
         normalised = (images - student.mean) / student.std
         for m in (384, 96):
-            for key in ("norm.weight", "norm.bias"):  # cut to m: the norm's channels from m on are zeroed
+            for key in (
+                "norm.weight",
+                "norm.bias",
+            ):  # cut to m: the norm's channels from m on are zeroed
                 content["state_dict"][key][m:] = 0
             torch.save(content, tmp_path / "cut.pt")
-            settings = {"img_size": 224, "num_classes": 0, "checkpoint_path": str(tmp_path / "cut.pt")}
+            settings = {
+                "img_size": 224,
+                "num_classes": 0,
+                "checkpoint_path": str(tmp_path / "cut.pt"),
+            }
             loaded = timm.create_model("vit_small_patch14_reg4_dinov2", **settings).eval()
             got = loaded(normalised)
             torch.testing.assert_close(got[:, :m], z[:, :m], rtol=1e-4, atol=1e-5)
@@ -907,13 +1268,26 @@ def test_vit_s_from_the_loop_loads_into_timm_at_every_dim(tmp_path, run, tiles):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_every_students_state_dict_loads_into_timm(name):
-    timm_twin(STUDENTS[name]).load_state_dict(Student(name, {}, []).backbone.state_dict(), strict=True)
+    timm_twin(STUDENTS[name]).load_state_dict(
+        Student(name, {}, []).backbone.state_dict(), strict=True
+    )
 
 
 def test_published_teachers_shallow_end_to_end(tmp_path, shallow, tiles, capsys):  # noqa: F811 - a fixture
     for name, suffix in (("uni", "bin"), ("virchow", "safetensors")):
         published_file(name, tmp_path, suffix)
-    flags = ["--teachers", "uni,virchow", "--student", "vit_s", "--steps", 2, "--batch-size", 2, "--data", tiles]
+    flags = [
+        "--teachers",
+        "uni,virchow",
+        "--student",
+        "vit_s",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--data",
+        tiles,
+    ]
     flags += [
         "--stats-tiles",
         2,
@@ -933,7 +1307,10 @@ def test_published_teachers_shallow_end_to_end(tmp_path, shallow, tiles, capsys)
     config = torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]
     assert config["teachers"] == ["uni", "virchow"]
     assert config["licences"] == {name: TEACHERS[name].licence for name in ("uni", "virchow")}
-    assert "binds students: yes" in config["licences"]["uni"] and "licence " + config["licences"]["virchow"] in printed
+    assert (
+        "binds students: yes" in config["licences"]["uni"]
+        and "licence " + config["licences"]["virchow"] in printed
+    )
 
 
 @pytest.fixture
@@ -959,32 +1336,77 @@ def test_init_from_dinov2_equals_the_reference(tmp_path, run, tiles, one_layer, 
     assert all(p.requires_grad and p.dtype == torch.float32 for p in student.parameters())
 
 
-def test_init_by_name_warm_start_and_inherited_licences(tmp_path, weights_dir, tiles, one_layer, capsys):
+def test_init_by_name_warm_start_and_inherited_licences(
+    tmp_path, weights_dir, tiles, one_layer, capsys
+):
     def run(*argv):
-        flags = [*TINY[:2], "--student", "vit_s", "--batch-size", 2, "--steps", 1, "--data", tiles, "--device", "cpu"]
+        flags = [
+            *TINY[:2],
+            "--student",
+            "vit_s",
+            "--batch-size",
+            2,
+            "--steps",
+            1,
+            "--data",
+            tiles,
+            "--device",
+            "cpu",
+        ]
         flags += ["--stats-tiles", 2, "--weights-dir", weights_dir, *argv]
         train.train(train.parse_args(list(map(str, flags))))
-        return torch.load(tmp_path / argv[argv.index("--out") + 1] / "student.pt", weights_only=True)
+        return torch.load(
+            tmp_path / argv[argv.index("--out") + 1] / "student.pt", weights_only=True
+        )
 
     state, _ = cards.reference("dinov2_s", "timm", tmp_path, depth=1)
     cards.write(state, weights_dir / "dinov2_s.safetensors")
-    first = run("--init", "dinov2_s", "--lr", 1e-9, "--teachers", "toy_cells", "--out", tmp_path / "first")
-    assert first["config"]["licences"] == {name: TEACHERS[name].licence for name in ("dinov2_s", "toy_cells")}
-    assert f"begun from dinov2_s; licence dinov2_s: {TEACHERS['dinov2_s'].licence}" in capsys.readouterr().out
-    torch.testing.assert_close(first["state_dict"]["norm.weight"], state["norm.weight"], atol=1e-6, rtol=0)
-    warm = ["--init", tmp_path / "first" / "student.pt", "--teachers", "toy_tissue", "--out", tmp_path / "second"]
+    first = run(
+        "--init", "dinov2_s", "--lr", 1e-9, "--teachers", "toy_cells", "--out", tmp_path / "first"
+    )
+    assert first["config"]["licences"] == {
+        name: TEACHERS[name].licence for name in ("dinov2_s", "toy_cells")
+    }
+    assert (
+        f"begun from dinov2_s; licence dinov2_s: {TEACHERS['dinov2_s'].licence}"
+        in capsys.readouterr().out
+    )
+    torch.testing.assert_close(
+        first["state_dict"]["norm.weight"], state["norm.weight"], atol=1e-6, rtol=0
+    )
+    warm = [
+        "--init",
+        tmp_path / "first" / "student.pt",
+        "--teachers",
+        "toy_tissue",
+        "--out",
+        tmp_path / "second",
+    ]
     second = run(*warm, "--lr", 1e-9, "--stop-at", 1)
     assert list(second["config"]["licences"]) == ["dinov2_s", "toy_cells", "toy_tissue"]
     for key, value in first["state_dict"].items():
         torch.testing.assert_close(second["state_dict"][key], value, atol=1e-6, rtol=0)
     (weights_dir / "dinov2_s.safetensors").unlink()  # a resume reads the checkpoint, not --init
     assert train.parse_args(["--resume", str(tmp_path / "first")]).init == "dinov2_s"
-    with pytest.raises(InputError, match="--init: .*first/student.pt holds another model: .*cls_token is .*, expected"):
-        train.train(train.parse_args([*TINY, "--init", f"{tmp_path}/first/student.pt", "--out", f"{tmp_path}/third"]))
+    with pytest.raises(
+        InputError,
+        match="--init: .*first/student.pt holds another model: .*cls_token is .*, expected",
+    ):
+        train.train(
+            train.parse_args(
+                [*TINY, "--init", f"{tmp_path}/first/student.pt", "--out", f"{tmp_path}/third"]
+            )
+        )
     student = Student("vit_s", {}, [])
-    assert list(load_init(student.backbone, str(tmp_path / "first"))) == ["dinov2_s", "toy_cells"]  # the run's folder
+    assert list(load_init(student.backbone, str(tmp_path / "first"))) == [
+        "dinov2_s",
+        "toy_cells",
+    ]  # the run's folder
     assert torch.equal(student.backbone.norm.weight, first["state_dict"]["norm.weight"])
-    for init, message in (("none.pt", "none.pt is no file"), ("toy_cells", "toy_cells is no file and no published")):
+    for init, message in (
+        ("none.pt", "none.pt is no file"),
+        ("toy_cells", "toy_cells is no file and no published"),
+    ):
         with pytest.raises(InputError, match=f"--init: {message}"):
             train.train(train.parse_args([*TINY, "--init", init, "--out", f"{tmp_path}/third"]))
     with pytest.raises(InputError, match="no weights for dinov2_b"):
@@ -995,7 +1417,9 @@ def test_init_by_name_warm_start_and_inherited_licences(tmp_path, weights_dir, t
 def test_licences_and_init_survive_a_resume(tmp_path, run):
     student = Student("toy", {}, [])
     config = {"licences": {"uni": "binds"}}
-    torch.save({"state_dict": student.backbone.state_dict(), "config": config}, tmp_path / "student.pt")
+    torch.save(
+        {"state_dict": student.backbone.state_dict(), "config": config}, tmp_path / "student.pt"
+    )
     whole = [*TINY, "--steps", 4, "--seed", 3, "--init", tmp_path / "student.pt"]
     run(*whole, "--out", tmp_path / "whole")
     run(*whole, "--stop-at", 2, "--out", tmp_path / "parts")
@@ -1004,7 +1428,10 @@ def test_licences_and_init_survive_a_resume(tmp_path, run):
     assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
     for name in ("whole", "parts"):
         config = torch.load(tmp_path / name / "student.pt", weights_only=True)["config"]
-        assert list(config["licences"]) == ["uni", "toy_cells", "toy_tissue"] and config["licences"]["uni"] == "binds"
+        assert (
+            list(config["licences"]) == ["uni", "toy_cells", "toy_tissue"]
+            and config["licences"]["uni"] == "binds"
+        )
 
 
 def test_runs_of_before_init_and_licences_go_on(tmp_path, run, weights_dir):
@@ -1017,14 +1444,19 @@ def test_runs_of_before_init_and_licences_go_on(tmp_path, run, weights_dir):
     run("--resume", tmp_path / "run")
     config = torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]
     assert config["step"] == 3 and list(config["licences"]) == ["toy_cells", "toy_tissue"]
-    old = {"state_dict": Student("toy", {}, []).backbone.state_dict(), "config": {"teachers": {"uni": "binds"}}}
+    old = {
+        "state_dict": Student("toy", {}, []).backbone.state_dict(),
+        "config": {"teachers": {"uni": "binds"}},
+    }
     torch.save(old, tmp_path / "old.pt")
     assert load_init(Student("toy", {}, []).backbone, str(tmp_path / "old.pt")) == {"uni": "binds"}
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     data.save_atomically({"step": 1}, tmp_path / "last.pt")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(InputError, match="last.pt: .*No space left"):
         data.save_atomically({"step": 2}, tmp_path / "last.pt")
     assert torch.load(tmp_path / "last.pt", weights_only=True) == {"step": 1}
@@ -1033,14 +1465,23 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 def test_schedule_and_weight_decay():
     rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and max(rates) == 1 and rates[4:] == sorted(rates[4:], reverse=True)
+    assert (
+        rates[:4] == [0.25, 0.5, 0.75, 1.0]
+        and max(rates) == 1
+        and rates[4:] == sorted(rates[4:], reverse=True)
+    )
     assert rates[-1] < 0.01 and train.learning_rate(0, 1, 1.0) == 1
     student = Student("toy", {"a": 24}, [4])
     names = {id(p): name for name, p in student.named_parameters()}
     decay, keep = ({names[id(p)] for p in group["params"]} for group in student.parameter_groups())
     assert decay | keep == set(names.values()) and not decay & keep
     assert all(name.endswith("weight") and "norm" not in name for name in decay)
-    assert {"backbone.pos_embed", "backbone.cls_token", "backbone.reg_token", "backbone.norm.weight"} <= keep
+    assert {
+        "backbone.pos_embed",
+        "backbone.cls_token",
+        "backbone.reg_token",
+        "backbone.norm.weight",
+    } <= keep
     assert "adaptors.a.4.summary.1.weight" in keep and "adaptors.a.4.summary.0.weight" in decay
 
 
@@ -1054,7 +1495,18 @@ def test_cuda_amp(tmp_path, run, precision):
 
 
 # ---- last.pt: whole, of this run, or refused by name -----------------------------------------------------------------
-FEW = ["--teachers", "toy_cells", "--teacher-steps", 2, "--device", "cpu", "--dims", 4, "--stats-tiles", 2]
+FEW = [
+    "--teachers",
+    "toy_cells",
+    "--teacher-steps",
+    2,
+    "--device",
+    "cpu",
+    "--dims",
+    4,
+    "--stats-tiles",
+    2,
+]
 FEW += ["--batch-size", 2, "--log-every", 1]
 
 
@@ -1101,11 +1553,26 @@ def optimizer_of(student):
 
 WEIGHT = "backbone.blocks.1.mlp.fc1.weight"
 DAMAGES = {  # of a last.pt; an entry (damage, True) may also be gone on with, if the end is the same
-    **{f"no {key}": put(key, ...) for key in sorted(train.WHOLE if hasattr(train, "WHOLE") else train.CHECKPOINT)},
-    **{f"{key} none": put(key, None) for key in ("student", "standardizers", "optimizer", "step", "args")},
-    **{f"{key} a text": put(key, "x") for key in ("student", "standardizers", "optimizer", "step", "args", "tiles")},
-    **{f"{key} a list": put(key, [1]) for key in ("student", "standardizers", "optimizer", "step", "args", "tiles")},
-    **{f"{key} a number": put(key, 5) for key in ("student", "standardizers", "optimizer", "args", "tiles")},
+    **{
+        f"no {key}": put(key, ...)
+        for key in sorted(train.WHOLE if hasattr(train, "WHOLE") else train.CHECKPOINT)
+    },
+    **{
+        f"{key} none": put(key, None)
+        for key in ("student", "standardizers", "optimizer", "step", "args")
+    },
+    **{
+        f"{key} a text": put(key, "x")
+        for key in ("student", "standardizers", "optimizer", "step", "args", "tiles")
+    },
+    **{
+        f"{key} a list": put(key, [1])
+        for key in ("student", "standardizers", "optimizer", "step", "args", "tiles")
+    },
+    **{
+        f"{key} a number": put(key, 5)
+        for key in ("student", "standardizers", "optimizer", "args", "tiles")
+    },
     "scaler a number": (put("scaler", 5), True),
     "scaler a text": (put("scaler", "x"), True),
     "no licences": (put("licences", ...), True),
@@ -1114,8 +1581,12 @@ DAMAGES = {  # of a last.pt; an entry (damage, True) may also be gone on with, i
     "step a fraction": put("step", 1.5),
     "step a whole fraction": put("step", 2.0),
     "step a tensor": put("step", torch.tensor(2)),
-    "student of other dims": put("student", lambda _: Student("toy", {"toy_cells": 128}, [8]).state_dict()),
-    "student of other teachers": put("student", lambda _: Student("toy", {"toy_tissue": 128}, [4]).state_dict()),
+    "student of other dims": put(
+        "student", lambda _: Student("toy", {"toy_cells": 128}, [8]).state_dict()
+    ),
+    "student of other teachers": put(
+        "student", lambda _: Student("toy", {"toy_tissue": 128}, [4]).state_dict()
+    ),
     "a weight missing": put("student", WEIGHT, ...),
     "a weight too many": put("student", lambda state: {**state, "x": torch.zeros(1)}),
     "a weight of another shape": put("student", WEIGHT, torch.zeros(3)),
@@ -1123,24 +1594,36 @@ DAMAGES = {  # of a last.pt; an entry (damage, True) may also be gone on with, i
     "a weight of bits": put("student", WEIGHT, lambda w: w > 0),
     "a weight that is a number": put("student", WEIGHT, 1.0),
     "a weight that is nan": put("student", WEIGHT, with_nan),
-    "a head that is inf": put("student", "adaptors.toy_cells.4.patches.0.bias", lambda w: w / 0 + math.inf),
+    "a head that is inf": put(
+        "student", "adaptors.toy_cells.4.patches.0.bias", lambda w: w / 0 + math.inf
+    ),
     "a standardiser missing": put("standardizers", "toy_cells.summary.mean", ...),
     "a standardiser that is nan": put("standardizers", "toy_cells.summary.mean", with_nan),
-    "a standardiser of another width": put("standardizers", "toy_cells.summary.mean", torch.zeros(3)),
+    "a standardiser of another width": put(
+        "standardizers", "toy_cells.summary.mean", torch.zeros(3)
+    ),
     "a scale of zero": put("standardizers", "toy_cells.patches.scale", torch.zeros(128)),
     "optimiser empty": put("optimizer", {}),
     "optimiser without state": put("optimizer", "state", ...),
     "optimiser without groups": put("optimizer", "param_groups", ...),
     "optimiser with one group": put("optimizer", "param_groups", lambda groups: groups[:1]),
-    "optimiser of other dims": put("optimizer", lambda _: optimizer_of(Student("toy", {"toy_cells": 128}, [8]))),
-    "optimiser of two teachers": put("optimizer", lambda _: optimizer_of(Student("toy", {"a": 128, "b": 128}, [4]))),
+    "optimiser of other dims": put(
+        "optimizer", lambda _: optimizer_of(Student("toy", {"toy_cells": 128}, [8]))
+    ),
+    "optimiser of two teachers": put(
+        "optimizer", lambda _: optimizer_of(Student("toy", {"a": 128, "b": 128}, [4]))
+    ),
     "tiles of another folder": put("tiles", "sha256", "0" * 64),
     "tiles without their count": put("tiles", "count", ...),
     "args empty": put("args", {}),
     **{
-        f"args without {key}": (put("args", key, ...), True) for key in ("teachers", "student", "dims", "steps", "seed")
+        f"args without {key}": (put("args", key, ...), True)
+        for key in ("teachers", "student", "dims", "steps", "seed")
     },
-    **{f"args without {key}": (put("args", key, ...), True) for key in ("batch_size", "lr", "data", "weights_dir")},
+    **{
+        f"args without {key}": (put("args", key, ...), True)
+        for key in ("batch_size", "lr", "data", "weights_dir")
+    },
     "args with a surplus key": (put("args", "colour", 1), True),
     "args of another student": put("args", "student", "vit_s"),
     "args of a student that is none": put("args", "student", "vit_x"),
@@ -1153,7 +1636,10 @@ DAMAGES = {  # of a last.pt; an entry (damage, True) may also be gone on with, i
     "args of dims too wide": put("args", "dims", [4, 480]),
     "args: lr nan": put("args", "lr", math.nan),
     "args: lr negative": put("args", "lr", -1.0),
-    "args: standardize another": (put("args", "standardize", "pca"), True),  # the statistics are there already
+    "args: standardize another": (
+        put("args", "standardize", "pca"),
+        True,
+    ),  # the statistics are there already
     "args: data a number": put("args", "data", 5),
     "args: precision another": (put("args", "precision", "fp8"), True),
     "args: device another": put("args", "device", "gpu"),
@@ -1172,7 +1658,11 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, hal
         launch("--resume", run)
     except InputError as error:
         assert "\n" not in str(error), error
-        assert "last.pt" in str(error) or str(run) in str(error) or re.search(r"--[a-z-]+:", str(error)), error
+        assert (
+            "last.pt" in str(error)
+            or str(run) in str(error)
+            or re.search(r"--[a-z-]+:", str(error))
+        ), error
         assert before == {path.name: path.read_bytes() for path in run.iterdir()}
     else:
         assert harmless, "it was gone on with"
@@ -1195,7 +1685,18 @@ def test_a_checkpoint_that_is_cut_or_flipped_is_refused(tmp_path, halfway, place
 
 
 # ---- numbers: what goes wrong is named with its step and its teacher ------------------------------------------------
-NUMBERS = ["--teacher-steps", 2, "--device", "cpu", "--dims", 4, "--stats-tiles", 8, "--batch-size", 4]
+NUMBERS = [
+    "--teacher-steps",
+    2,
+    "--device",
+    "cpu",
+    "--dims",
+    4,
+    "--stats-tiles",
+    8,
+    "--batch-size",
+    4,
+]
 NUMBERS += ["--log-every", 5]
 
 
@@ -1218,7 +1719,9 @@ def stopped(run, *argv):
     """The message with which a run ends -> (its step, its text)."""
     with pytest.raises(InputError) as error:
         run(*argv)
-    assert "\n" not in str(error.value) and "last.pt is from before" in str(error.value), error.value
+    assert "\n" not in str(error.value) and "last.pt is from before" in str(error.value), (
+        error.value
+    )
     step, text = re.match(r"step (\d+): (.*)", str(error.value)).groups()
     del error
     gc.collect()  # the traceback held the run's variables, and so its lock
@@ -1229,7 +1732,9 @@ def stopped(run, *argv):
     ("teacher", "step", "value"),
     [("toy_cells", 1, math.inf), ("toy_tissue", 5, math.nan), ("toy_tissue", 11, -math.inf)],
 )
-def test_a_teacher_that_overflows_is_named(tmp_path, run, tiles, monkeypatch, at_step, teacher, step, value):
+def test_a_teacher_that_overflows_is_named(
+    tmp_path, run, tiles, monkeypatch, at_step, teacher, step, value
+):
     broken, mended = [], []
 
     def forward(self, images, grid=None, original=teachers.Teacher.forward):
@@ -1244,10 +1749,14 @@ def test_a_teacher_that_overflows_is_named(tmp_path, run, tiles, monkeypatch, at
     at, text = stopped(run, *flags)
     assert at == step and re.search(rf"\bteacher {teacher}\b.* not finite", text), text
     kept = checkpoint(tmp_path / "run")
-    assert kept["step"] == (step - 1) // 4 * 4 and all(x.isfinite().all() for x in kept["student"].values())
+    assert kept["step"] == (step - 1) // 4 * 4 and all(
+        x.isfinite().all() for x in kept["student"].values()
+    )
     broken.clear()
     mended.append(1)
-    run("--resume", tmp_path / "run", "--stop-at", step + 1)  # with a teacher that is mended it goes on
+    run(
+        "--resume", tmp_path / "run", "--stop-at", step + 1
+    )  # with a teacher that is mended it goes on
     assert checkpoint(tmp_path / "run")["step"] == step + 1
 
 
@@ -1258,14 +1767,27 @@ def test_a_teacher_that_overflows_before_the_loop_is_named(tmp_path, run, tiles,
 
         def forward(self, images, grid=None, original=teachers.Teacher.forward, factor=factor):
             tokens = original(self, images, grid)
-            return {kind: y * (factor if self.name == "toy_tissue" else 1) for kind, y in tokens.items()}
+            return {
+                kind: y * (factor if self.name == "toy_tissue" else 1) for kind, y in tokens.items()
+            }
 
         with monkeypatch.context() as patch:
             patch.setattr(teachers.Teacher, "forward", forward)
             more = ["--cache", tmp_path / "cache"] if where == "cache" else []
             with pytest.raises(InputError, match=r"teacher toy_tissue.* not finite") as error:
-                run(*NUMBERS, "--steps", 2, "--data", tiles, *more, "--out", tmp_path / f"run of {where}")
-        assert "\n" not in str(error.value) and not (tmp_path / f"run of {where}" / "last.pt").exists()
+                run(
+                    *NUMBERS,
+                    "--steps",
+                    2,
+                    "--data",
+                    tiles,
+                    *more,
+                    "--out",
+                    tmp_path / f"run of {where}",
+                )
+        assert (
+            "\n" not in str(error.value) and not (tmp_path / f"run of {where}" / "last.pt").exists()
+        )
         del error
         gc.collect()  # its traceback holds the locks
 
@@ -1273,23 +1795,47 @@ def test_a_teacher_that_overflows_before_the_loop_is_named(tmp_path, run, tiles,
 HEAD, BLOCK = "adaptors.toy_cells.4.summary.0.weight", "backbone.blocks.2.attn.qkv.bias"
 
 
-@pytest.mark.parametrize(("where", "step", "accumulate"), [(HEAD, 1, 1), (HEAD, 7, 2), (BLOCK, 7, 1)])
-def test_a_poisoned_weight_is_told_as_a_loss_that_is_not_finite(tmp_path, run, tiles, at_step, where, step, accumulate):
+@pytest.mark.parametrize(
+    ("where", "step", "accumulate"), [(HEAD, 1, 1), (HEAD, 7, 2), (BLOCK, 7, 1)]
+)
+def test_a_poisoned_weight_is_told_as_a_loss_that_is_not_finite(
+    tmp_path, run, tiles, at_step, where, step, accumulate
+):
     at_step(step, lambda student: student.get_parameter(where).data.view(-1)[0].fill_(math.nan))
-    flags = [*NUMBERS, "--accumulate", accumulate, "--steps", 20, "--save-every", 3, "--data", tiles]
+    flags = [
+        *NUMBERS,
+        "--accumulate",
+        accumulate,
+        "--steps",
+        20,
+        "--save-every",
+        3,
+        "--data",
+        tiles,
+    ]
     at, text = stopped(run, *flags, "--out", tmp_path / "run")
     assert at == step and text.startswith("the loss is not finite"), text
     kept = checkpoint(tmp_path / "run")
-    assert kept["step"] == (step - 1) // 3 * 3 and all(x.isfinite().all() for x in kept["student"].values())
+    assert kept["step"] == (step - 1) // 3 * 3 and all(
+        x.isfinite().all() for x in kept["student"].values()
+    )
 
 
 def test_a_gradient_that_is_not_finite_under_a_finite_loss(tmp_path, run, tiles, at_step):
     def hook(student):
-        student.get_parameter("backbone.pos_embed").register_hook(lambda gradient: gradient * math.inf)
+        student.get_parameter("backbone.pos_embed").register_hook(
+            lambda gradient: gradient * math.inf
+        )
 
     at_step(6, hook)
-    at, text = stopped(run, *NUMBERS, "--steps", 20, "--save-every", 5, "--data", tiles, "--out", tmp_path / "run")
-    assert at == 6 and text.startswith("the gradient is not finite") and checkpoint(tmp_path / "run")["step"] == 5
+    at, text = stopped(
+        run, *NUMBERS, "--steps", 20, "--save-every", 5, "--data", tiles, "--out", tmp_path / "run"
+    )
+    assert (
+        at == 6
+        and text.startswith("the gradient is not finite")
+        and checkpoint(tmp_path / "run")["step"] == 5
+    )
 
 
 SOON = 30  # steps within which something that stays wrong has to be told
@@ -1312,7 +1858,9 @@ def collapse(student, forward=Student.forward):
 
 def kill_head(t, m, kind):
     def kill(student):
-        student.get_parameter(f"adaptors.{t}.{m}.{kind}.1.bias").data.fill_(-1e4)  # GELU then gives zeros
+        student.get_parameter(f"adaptors.{t}.{m}.{kind}.1.bias").data.fill_(
+            -1e4
+        )  # GELU then gives zeros
 
     return kill
 
@@ -1327,17 +1875,33 @@ DULL = [  # what goes wrong, in which step, and what the message has to say
 
 
 @pytest.mark.parametrize(("action", "step", "expected"), DULL)
-def test_a_collapsed_student_and_a_dead_adaptor_are_told(tmp_path, run, tiles, at_step, action, step, expected):
+def test_a_collapsed_student_and_a_dead_adaptor_are_told(
+    tmp_path, run, tiles, at_step, action, step, expected
+):
     at_step(step, action)
-    flags = [*NUMBERS, "--batch-size", 2, "--steps", 1000, "--stop-at", step + SOON, "--save-every", 1000]
+    flags = [
+        *NUMBERS,
+        "--batch-size",
+        2,
+        "--steps",
+        1000,
+        "--stop-at",
+        step + SOON,
+        "--save-every",
+        1000,
+    ]
     at, text = stopped(run, *flags, "--data", tiles, "--out", tmp_path / "run")
     text = text.split(";")[0]  # what comes after names the run's folder
-    assert expected in text and ("collapsed" in text) == ("collapsed" in expected) != ("dead" in text), text
+    assert expected in text and ("collapsed" in text) == ("collapsed" in expected) != (
+        "dead" in text
+    ), text
     assert step <= at < step + 25, at
     assert checkpoint(tmp_path / "run")["step"] == 0
 
 
-@pytest.mark.parametrize("case", ["toy", "vit_s", "bf16", "vit_b bf16", "one tile a step", "equal tiles"])
+@pytest.mark.parametrize(
+    "case", ["toy", "vit_s", "bf16", "vit_b bf16", "one tile a step", "equal tiles"]
+)
 def test_a_healthy_run_raises_no_alarm(tmp_path, run, tiles, monkeypatch, case):
     name = case.split()[0] if case.startswith(("toy", "vit")) else "toy"
     if name != "toy":
@@ -1368,20 +1932,46 @@ def test_a_healthy_run_raises_no_alarm(tmp_path, run, tiles, monkeypatch, case):
     first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["terms"]
     spreads = [x for key, values in first.items() if "spread" in key for x in values.values()]
     print(case, "smallest spread at step 1:", min(spreads, default="not logged"))
-    assert batch == 1 or all(spread > 1e-5 for spread in spreads), spreads  # ten times what counts as dead
+    assert batch == 1 or all(spread > 1e-5 for spread in spreads), (
+        spreads
+    )  # ten times what counts as dead
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 WRONG = [  # a command line of train.py, and what its message has to name
     *(
         (f"{flag}", flag)
-        for flag in ("--steps", "--dims", "--data", "--out", "--resume", "--lr", "--teachers", "--cache")
+        for flag in (
+            "--steps",
+            "--dims",
+            "--data",
+            "--out",
+            "--resume",
+            "--lr",
+            "--teachers",
+            "--cache",
+        )
     ),
-    *((f"{flag} -5", flag) for flag in ("--steps", "--stop-at", "--accumulate", "--workers", "--teacher-seed")),
-    *((f"{flag} 2147483648", flag) for flag in ("--steps", "--stop-at", "--seed", "--teacher-steps", "--save-every")),
-    *((f"{flag} nan", flag) for flag in ("--steps", "--lr", "--dims", "--log-every", "--stats-tiles")),
-    *((f"{flag} 1.5", flag) for flag in ("--batch-size", "--seed", "--accumulate", "--workers", "--dims")),
-    *((f"{flag} 0", flag) for flag in ("--stop-at", "--batch-size", "--accumulate", "--lr", "--save-every")),
+    *(
+        (f"{flag} -5", flag)
+        for flag in ("--steps", "--stop-at", "--accumulate", "--workers", "--teacher-seed")
+    ),
+    *(
+        (f"{flag} 2147483648", flag)
+        for flag in ("--steps", "--stop-at", "--seed", "--teacher-steps", "--save-every")
+    ),
+    *(
+        (f"{flag} nan", flag)
+        for flag in ("--steps", "--lr", "--dims", "--log-every", "--stats-tiles")
+    ),
+    *(
+        (f"{flag} 1.5", flag)
+        for flag in ("--batch-size", "--seed", "--accumulate", "--workers", "--dims")
+    ),
+    *(
+        (f"{flag} 0", flag)
+        for flag in ("--stop-at", "--batch-size", "--accumulate", "--lr", "--save-every")
+    ),
     *((f"{flag} 0", flag) for flag in ("--log-every", "--teacher-steps", "--stats-tiles")),
     *((f"{flag} file", flag) for flag in ("--out", "--weights-dir", "--resume", "--cache")),
     *((f"{flag}=", flag) for flag in ("--out", "--steps", "--init", "--device", "--teachers")),
@@ -1448,8 +2038,14 @@ def refused(monkeypatch, capsys, main, script, argv, *expected):
         teachers.run_main(main)
     printed = capsys.readouterr()
     assert stop.value.code == 2 and printed.err.count("\n") == 1, printed.err
-    assert all(text in printed.err for text in expected) and printed.err.startswith(f"{script}: "), printed.err
-    made = [x for x in sorted(os.walk(".")) if x not in before and x[2] != ["lock"] and "runs" not in x[1] + [x[0][2:]]]
+    assert all(text in printed.err for text in expected) and printed.err.startswith(
+        f"{script}: "
+    ), printed.err
+    made = [
+        x
+        for x in sorted(os.walk("."))
+        if x not in before and x[2] != ["lock"] and "runs" not in x[1] + [x[0][2:]]
+    ]
     assert not made, made  # but perhaps the lock of a folder that was meant to become a run's
 
 
@@ -1465,15 +2061,21 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"), WRONG, ids=[str(line)[:40].encode("ascii", "replace") for line, _ in WRONG]
+    ("line", "expected"),
+    WRONG,
+    ids=[str(line)[:40].encode("ascii", "replace") for line, _ in WRONG],
 )
-def test_more_bad_flags_end_in_one_line_that_names_them(workplace, monkeypatch, capsys, line, expected):
+def test_more_bad_flags_end_in_one_line_that_names_them(
+    workplace, monkeypatch, capsys, line, expected
+):
     words = line.split() if isinstance(line, str) else line
     if "/proc" in line or "below" in line or "xxx" in expected:
         monkeypatch.undo()  # the teachers are made first; two steps of them are quick
         monkeypatch.chdir(workplace)
         words = [*words, "--teacher-steps", "2"]
-        words += [] if "--weights-dir" in words else ["--weights-dir", str(workplace.parent / "weights")]
+        words += (
+            [] if "--weights-dir" in words else ["--weights-dir", str(workplace.parent / "weights")]
+        )
     refused(monkeypatch, capsys, main, "train.py", words, expected)
 
 
@@ -1519,7 +2121,14 @@ WRONG_EVALUATION = [
 
 @pytest.mark.parametrize(("line", "expected"), WRONG_EVALUATION)
 def test_bad_flags_of_evaluate(workplace, monkeypatch, capsys, line, expected):
-    config = {"student": "toy", "arch": STUDENTS["toy"], "nested_dims": [4, 48], "step": 1, "steps": 1, "teachers": []}
+    config = {
+        "student": "toy",
+        "arch": STUDENTS["toy"],
+        "nested_dims": [4, 48],
+        "step": 1,
+        "steps": 1,
+        "teachers": [],
+    }
     config |= {"licences": {"toy_cells": "x"}, "teacher_recipe": {"steps": 2, "seed": 0}}
     torch.manual_seed(0)
     (workplace / "run").mkdir()

@@ -69,19 +69,30 @@ def ratios(seconds: dict[str, list[float]], above: str, below: str) -> list[floa
 
 def log_rates(run: Path, skip: int) -> list[float]:
     """tiles/s of a run's log lines, without the first `skip`, which hold starting and compiling."""
-    return [json.loads(line)["tiles_per_s"] for line in (run / "log.jsonl").read_text().splitlines()][skip:]
+    return [
+        json.loads(line)["tiles_per_s"] for line in (run / "log.jsonl").read_text().splitlines()
+    ][skip:]
 
 
-def training_step(teachers: dict, name: str, dims: list[int], device, dtype, compiled: bool = False) -> Callable:
+def training_step(
+    teachers: dict, name: str, dims: list[int], device, dtype, compiled: bool = False
+) -> Callable:
     """A step of train.py's loop, batch -> None: the same pieces in the same order; to be changed when they change.
     Statistics are not measured: a standardiser takes as long with any. compiled: as --compile does it, teachers too."""
     torch.manual_seed(0)
     teacher_dims = {t: teacher.dim for t, teacher in teachers.items()}
-    student, standardizers = Student(name, teacher_dims, dims).to(device), Standardizers(teacher_dims).to(device)
-    optimizer = torch.optim.AdamW(student.parameter_groups(), lr=1e-4, betas=BETAS, fused=device.type != "mps")
+    student, standardizers = (
+        Student(name, teacher_dims, dims).to(device),
+        Standardizers(teacher_dims).to(device),
+    )
+    optimizer = torch.optim.AdamW(
+        student.parameter_groups(), lr=1e-4, betas=BETAS, fused=device.type != "mps"
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     model = torch.compile(Distiller(student)) if compiled else Distiller(student)
-    for block in [block for teacher in teachers.values() for block in teacher.vit.blocks if compiled]:
+    for block in [
+        block for teacher in teachers.values() for block in teacher.vit.blocks if compiled
+    ]:
         block.compile(dynamic=False)
     first_bad = torch.full((), math.inf, device=device)
 
@@ -89,7 +100,9 @@ def training_step(teachers: dict, name: str, dims: list[int], device, dtype, com
         nonlocal first_bad
         optimizer.zero_grad()
         images = batch["image"].to(device, non_blocking=True).contiguous()
-        targets = standardizers({t: teacher(images, student.backbone.grid) for t, teacher in teachers.items()})
+        targets = standardizers(
+            {t: teacher(images, student.backbone.grid) for t, teacher in teachers.items()}
+        )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, _ = model(images, targets)
         scaler.scale(loss).backward()
@@ -104,7 +117,9 @@ def training_step(teachers: dict, name: str, dims: list[int], device, dtype, com
     return step
 
 
-def folder_step(step: Callable, tiles: data.Dataset, batch_size: int, workers: int, times: int, pin=False) -> float:
+def folder_step(
+    step: Callable, tiles: data.Dataset, batch_size: int, workers: int, times: int, pin=False
+) -> float:
     """Seconds per step with its tiles read from the folder, in the steady state.
     Workers read 2 batches each ahead. So as many steps go by first, and as many batches are still to be read at the
     end; otherwise a block would be fed from what was read outside its time. No worker outlives the call."""
