@@ -17,7 +17,8 @@ import signal
 import sys
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawTextHelpFormatter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import functional as TF
 
-from student import InputError, save_atomically
+from student import InputError
 
 LARGEST = 2**28  # bytes of a tile's file, and of its pixels: Pillow's own limit for them
 IMAGE = re.compile(
@@ -587,3 +588,104 @@ def labelled_files(root: str) -> dict[str, tuple[list[str], dict[str, list]]]:
         targets = [classes.index(label) if kind == "class" else label for _, label in pairs]
         found[split] = ([file for file, _ in pairs], {kind: targets})
     return found
+
+
+# ---- what touches disk and terminal, for all programs ----
+
+
+def save_atomically(content: dict | bytes, path: str | Path, write: Callable = torch.save) -> None:
+    """Write so that `path` holds either the old file or the whole new one, on the disk, whenever the machine stops."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else write(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        with (
+            contextlib.ExitStack() as opened,
+            contextlib.suppress(OSError),
+        ):  # the new name as well, where systems can
+            opened.callback(os.close, folder := os.open(temporary.parent, os.O_RDONLY))
+            os.fsync(folder)
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch's own writer raises RuntimeError on a full disk
+        raise InputError(
+            f"cannot write {path}: {error}; free some space or choose another folder"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):  # it is in its place already, or the disk is read-only
+            temporary.unlink()
+
+
+def whole(
+    smallest: int, largest: int, text: str
+) -> int:  # these are types for argparse, which names the flag
+    if not text.strip().isdecimal() or not smallest <= int(text) <= largest:
+        raise ArgumentTypeError(f"{text!r} is not a whole number from {smallest} to {largest}")
+    return int(text)
+
+
+def path(text: str, folder: bool = False) -> str:  # anything but "", and as a folder no file
+    if (
+        not text
+    ):  # an unset variable of the shell; without this check the default would be taken in silence
+        raise ArgumentTypeError("it is empty; give a value")
+    if folder and os.path.exists(text) and not os.path.isdir(text):
+        raise ArgumentTypeError(f"{text} is a file; give a folder")
+    return text
+
+
+OneLineParser = partial(
+    ArgumentParser, formatter_class=RawTextHelpFormatter, usage=SUPPRESS, allow_abbrev=False
+)
+natural, positive, plural = (partial(whole, smallest, 2**31 - 1) for smallest in range(3))
+few, batch, folder = partial(whole, 0, 1024), partial(whole, 1, 2**16), partial(path, folder=True)
+
+
+def name_list(text: str) -> list[str]:  # "uni, virchow" -> ["uni", "virchow"]
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def dim_list(text: str) -> list[int]:  # "96,24" -> [24, 96]
+    return sorted({positive(part) for part in text.split(",")})
+
+
+def run_program(
+    main,
+) -> None:  # what a user can put right ends a script with one line on stderr and exit code 2
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text
+    try:
+        code, text = main(), ""
+        if (
+            torch.distributed.is_initialized()
+        ):  # only here, when the DDP module is gone: freeing it later can hang
+            torch.distributed.destroy_process_group()
+    except (InputError, OSError) as error:
+        code, text = (
+            2,
+            f"{error}{'' if isinstance(error, InputError) else '; put it right, or choose another place'}",
+        )
+    except (MemoryError, RuntimeError) as error:
+        code, text = 1, "another process was lost, its own messages say why; go on with --resume"
+        if isinstance(
+            error, MemoryError | torch.OutOfMemoryError
+        ) or "can't allocate memory" in str(error):
+            code, text = (
+                2,
+                "out of memory; anew, lower --batch-size, raise --accumulate (same result) or fewer --dims",
+            )
+        elif not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+    except KeyboardInterrupt:
+        code, text = (
+            130,
+            "interrupted; a run that has saved goes on with --resume, all else with the same command",
+        )
+    if code:
+        OneLineParser().exit(
+            code, text and f"{os.path.basename(sys.argv[0])}: {text.replace(chr(10), ' ')}\n"
+        )

@@ -22,7 +22,9 @@ from torchvision.transforms import functional as TF
 
 import data
 import teachers as cli
-from student import InputError, Student, load_student, millions, save_atomically, truncate
+from data import save_atomically
+from student import InputError, Student, millions, truncate
+from teachers import load_strictly, read_weights
 
 TOKENS, N_TILES = (
     100_000,
@@ -36,6 +38,28 @@ LABELS = {
     "mask": "patches",
     "nuclei": "patches",
 }
+
+
+def load_student(run: str | Path, device: str | torch.device = "cpu") -> tuple[Student, dict]:
+    """A trained student, its adaptor heads left out, from a run folder or a student.pt -> (student, its config)."""
+    path = Path(run) / "student.pt" if Path(run).is_dir() else Path(run)
+    content = read_weights(path) if path.exists() else {}
+    config = content.get("config")
+    if not isinstance(config, dict) or not {
+        "arch",
+        "nested_dims",
+        "step",
+        "steps",
+        "teachers",
+        "student",
+    } <= {*config}:
+        why = "is not a student.pt written by train.py" if path.exists() else "does not exist"
+        raise InputError(
+            f"{path} {why}; give the folder of a run that has saved, or its student.pt"
+        )
+    student = Student(config["arch"])
+    load_strictly(student.backbone, content.get("state_dict", {}), str(path))
+    return student.to(device).eval(), config
 
 
 @torch.no_grad()
@@ -437,49 +461,49 @@ def draw_patches(
 
 
 def main() -> None:  # the command line
-    add = (parser := cli.OneLineParser("evaluate.py", description=__doc__)).add_argument
+    add = (parser := data.OneLineParser("evaluate.py", description=__doc__)).add_argument
     add(
         "runs",
         nargs="+",
         metavar="RUN",
         help="a run folder or a student.pt; several stand side by side",
     )
-    add("--data", type=cli.path, help=f"a folder of {data.LABELLED} (default: synthetic tissue)")
+    add("--data", type=data.path, help=f"a folder of {data.LABELLED} (default: synthetic tissue)")
     add(
         "--tasks",
-        type=cli.name_list,
+        type=data.name_list,
         default=[*TASKS],
         help=f"of {', '.join(TASKS)} (default: all that fit)",
     )
-    add("--dims", type=cli.dim_list, help="comma-separated (default: each run's nested dims)")
+    add("--dims", type=data.dim_list, help="comma-separated (default: each run's nested dims)")
     add(
         "--teachers",
-        type=cli.name_list,
+        type=data.name_list,
         help="beside the runs, '' for none (default: the last run's, where offline)",
     )
     add(
         "--embed",
-        type=cli.path,
+        type=data.path,
         metavar="DIR",
         help="instead, write the embeddings of all tiles of a folder to --out",
     )
     add(
         "--dim",
-        type=cli.positive,
+        type=data.positive,
         help="channels to keep, with --embed (default: all) or in a student.pt at --out",
     )
     add("--half", action="store_true", help="with --embed: fp16 instead of fp32")
     add(
         "--out",
-        type=cli.path,
+        type=data.path,
         metavar="FILE",
         help="with --embed: the .npz to write; with --dim alone: the .pt",
     )
-    add("--seed", type=cli.natural, default=0, help="of the synthetic tissue (default: 0)")
-    add("--device", type=cli.path, help="cuda, mps or cpu (default: the best at hand)")
+    add("--seed", type=data.natural, default=0, help="of the synthetic tissue (default: 0)")
+    add("--device", type=data.path, help="cuda, mps or cpu (default: the best at hand)")
     add(
         "--weights-dir",
-        type=cli.folder,
+        type=data.folder,
         default="weights",
         help="where teachers' weights are (default: weights)",
     )
@@ -492,7 +516,7 @@ def main() -> None:  # the command line
             raise InputError(
                 f"--dims, --dim: {dim} is above the width of {run}; give at most {width}"
             )
-        models[repr(run)[1:-1]] = (student, args.dims or student.nested_dims)
+        models[repr(run)[1:-1]] = (student, args.dims or config["nested_dims"])
     if args.embed or args.out or args.dim:
         if len(args.runs) > 1 or not args.out or not (args.embed or args.dim):
             raise InputError(
@@ -543,4 +567,4 @@ def main() -> None:  # the command line
 
 
 if __name__ == "__main__":
-    cli.run_main(main)
+    data.run_program(main)

@@ -1,164 +1,205 @@
-"""The targets and the loss: standardised teacher tokens, three token losses, their sum over teachers and nested dims.
+"""The method: what the student has to predict, and how far off it is at every nested dim.
 
-    y_t     = standardise(tokens of teacher t)                Standardizer: measured once, before training, then frozen
-    h_{t,m} = the adaptor head of teacher t at dim m          student.adapt, one for the summary and one for the patches
-    L_{t,m} =       1 - cos(h_{t,m}(z_summary[:m]), y_summary)    distillation_loss; cos is the cosine similarity
-            + 0.9 * (1 - cos(h_{t,m}(z_patch[:m]),  y_patch))
+    z         tokens of the student: one summary (CLS) and N patches, of width D
+    z[:m]     their first m channels
+    h_{t,m}   the adaptor head of teacher t at dim m: predicts teacher t's tokens from z[:m]
+    y_t       teacher t's tokens, standardised: statistics are measured once, then frozen
+
+    L_{t,m} =       1 - cos(h_{t,m}(z_summary[:m]), y_summary)         cos: cosine similarity
+            + 0.9 * (1 - cos(h_{t,m}(z_patch[:m]), y_patch))
             + 0.1 * smooth_l1(h_{t,m}(z_patch[:m]), y_patch)
-    L       = sum over teachers t and nested dims m of w_m * L_{t,m},   w_m = 1    nested_loss, which train.py minimises
-Losses are float32 under any autocast. Sources: RADIO (arXiv 2312.06709) for the token losses, PHI-S (2410.01680), and
-Matryoshka (2205.13147) for the sum. The weights are our choice, not checked against the paper's method section."""
+
+    L       = sum over nested dims m and teachers t of w_m L_{t,m}     w_m = 1
+
+`Standardizers` makes y_t, student.Adaptors makes h_{t,m}, `token_loss` is L_{t,m}, `nested_loss` is
+L, which train.py minimises. Everything here is float32, whatever the models compute in.
+
+Sources: RADIO (arXiv 2312.06709) for the token losses, PHI-S (2410.01680) for the targets,
+Matryoshka (2205.13147) for the sum.
+The weights are our choice, not checked against the paper's method section.
+"""
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from student import InputError
+from student import InputError, Tokens
 
-Tokens = dict[str, Tensor]  # {"summary": (B, D), "patches": (B, N, D)}
+# ---- the targets: teachers' tokens, standardised ----
 
 
 def hadamard(n: int) -> Tensor:
-    """A Hadamard matrix (n, n) of entries +-1, H H^T = n I, in float64. InputError where n has no construction here."""
+    """A Hadamard matrix: H (n, n) of +1 and -1 with H H^T = n I, in float64.
+
+    n is 2^k, 12 * 2^k or 20 * 2^k, the widths that teachers have. InputError: any other n.
+    """
     if n == 1:
         return torch.ones(1, 1, dtype=torch.float64)
-    if (q := n - 1) in (
-        11,
-        19,
-    ):  # Paley, from the quadratic residues modulo q: those i with i^(q // 2) = 1
-        chi = torch.tensor(
-            [1.0 if pow(i, q // 2, q) == 1 else -1.0 for i in range(q)], dtype=torch.float64
-        )
-        return F.pad(
-            torch.stack([chi.roll(i) for i in range(q)]), (1, 0, 1, 0), value=1
-        )  # row i, column j: chi[j - i]
-    if n % 2:
+    if n in (12, 20):
+        return paley(n - 1)
+    if n % 2 == 1:
         raise InputError(
-            "no Hadamard matrix of this width (only 2^k, 12 * 2^k, 20 * 2^k); use --standardize channel"
+            "no Hadamard matrix of this teacher's width (only 2^k, 12 * 2^k, 20 * 2^k); "
+            "use --standardize channel"
         )
-    return torch.kron(torch.tensor([[1, 1], [1, -1]]), hadamard(n // 2))  # Sylvester's doubling
+    H = hadamard(n // 2)
+    top = torch.cat([H, H], dim=1)
+    bottom = torch.cat([H, -H], dim=1)
+    return torch.cat([top, bottom])  # Sylvester's doubling
+
+
+def paley(q: int) -> Tensor:
+    """Paley's Hadamard matrix (q + 1, q + 1), for a prime q with q % 4 == 3."""
+    chi = -torch.ones(q, dtype=torch.float64)  # chi[i]: +1 where i is a square modulo q, else -1
+    for i in range(1, q):
+        chi[i * i % q] = 1
+    H = torch.ones(q + 1, q + 1, dtype=torch.float64)
+    for i in range(q):
+        H[i + 1, 1:] = chi.roll(i)  # row i, column j: chi[j - i]
+    return H
 
 
 class Standardizer(nn.Module):
-    """One teacher's tokens of one kind, (..., D) -> y_t (..., D) with mean 0 and comparable scale; frozen buffers.
-        y_t = R (y - mean) / scale
-    "phi-s":   R = H U^T, scale = sqrt(mean(l)) (one number), H a normalised Hadamard matrix, C = U diag(l) U^T.
-               Every channel of y_t then has variance exactly 1, without blowing up a near-dead channel or direction.
-    "channel": R = I, scale = each channel's standard deviation.       "none": y_t = y."""
+    """One teacher's summary, or its patches: y (..., D) -> R (y - mean) / scale (..., D), float32.
+
+    "phi-s":    R = H U^T and scale = sqrt(mean(l)), where C = U diag(l) U^T is the covariance of y
+                and H a normalised Hadamard matrix. Every channel then has variance exactly 1 after
+                ONE division, so that no nearly dead channel or direction is blown up.
+    "channel":  R = I, scale = the standard deviation of each channel.
+    "none":     y as it is.
+
+    mean (D,), rotation R (D, D) and scale (D,) are buffers: `set` fills them, nothing trains them.
+    InputError: "phi-s" for a width that has no Hadamard matrix.
+    """
 
     def __init__(self, dim: int, mode: str = "phi-s"):
         super().__init__()
         self.mode = mode
-        hadamard(
-            dim if mode == "phi-s" else 1
-        )  # refuses a width that has none before anything slow starts
-        self.mean, self.rotation, self.scale = map(
-            nn.Buffer, (torch.zeros(dim), torch.eye(dim), torch.ones(dim))
-        )
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("rotation", torch.eye(dim))
+        self.register_buffer("scale", torch.ones(dim))
+        if mode == "phi-s":
+            hadamard(dim)  # refuses an impossible width now, before anything slow starts
 
     def set(self, mean: Tensor, covariance: Tensor, name: str = "teacher") -> None:
-        """Derive the buffers from mean (D,) and covariance (D, D), both float64. InputError: a constant teacher."""
+        """Fill the buffers from mean (D,) and covariance (D, D), in float64.
+
+        InputError: the teacher's outputs do not vary, or are not finite.
+        """
         variances = covariance.diagonal()
-        if not torch.isfinite(covariance).all() or variances.mean() <= 0:
+        total = variances.mean()  # = mean(l): the trace is the sum of the eigenvalues
+        if not torch.isfinite(covariance).all() or total <= 0:
             raise InputError(f"{name}: its outputs are constant or not finite: check its weights")
-        rms = variances.mean().sqrt()  # = sqrt(mean(l)): the trace is the sum of the eigenvalues
-        if self.mode == "phi-s":
-            H = hadamard(len(mean)).to(mean) / len(mean) ** 0.5
-            self.rotation.copy_(
-                (H @ torch.linalg.eigh(covariance).eigenvectors.T).float()
-            )  # R = H U^T
-            self.scale.fill_(rms.item())
-        elif self.mode == "channel":
-            self.scale.copy_(
-                variances.sqrt().clamp(min=1e-6 * rms).float()
-            )  # a dead channel is not blown up
-        self.mean.copy_(mean.float() * (self.mode != "none"))
+        if self.mode == "none":
+            return
+        self.mean.copy_(mean)
+        if self.mode == "channel":
+            floor = 1e-6 * total.sqrt()  # a dead channel is not blown up
+            self.scale.copy_(variances.sqrt().clamp(min=floor))
+            return
+        D = len(mean)
+        H = hadamard(D).to(mean.device) / D**0.5
+        U = torch.linalg.eigh(covariance).eigenvectors
+        self.rotation.copy_(H @ U.T)
+        self.scale.fill_(total.sqrt().item())
 
     def forward(self, y: Tensor) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
             return (y.float() - self.mean) @ self.rotation.T / self.scale
 
 
-class Standardizers(nn.ModuleDict):  # {teacher: {"summary": Standardizer, "patches": Standardizer}}
+class Standardizers(nn.ModuleDict):
+    """{teacher: {"summary": Standardizer, "patches": Standardizer}}, of {teacher: D_t}."""
+
     def __init__(self, teacher_dims: dict[str, int], mode: str = "phi-s"):
-        kinds = ("summary", "patches")
-        super().__init__(
-            {
-                t: nn.ModuleDict({k: Standardizer(D, mode) for k in kinds})
-                for t, D in teacher_dims.items()
-            }
-        )
+        super().__init__()
+        for t, D_t in teacher_dims.items():
+            summary = Standardizer(D_t, mode)
+            patches = Standardizer(D_t, mode)
+            self[t] = nn.ModuleDict({"summary": summary, "patches": patches})
 
     @torch.no_grad()
-    def measure(self, batches) -> None:
-        """Set every standardiser from batches of raw outputs {teacher: tokens}; moments are summed in float64."""
-        moments = {(t, kind): (0, 0.0, 0.0) for t in self for kind in self[t]}
+    def measure(self, batches: Iterable[dict[str, Tokens]]) -> None:
+        """Set every standardiser from batches of raw outputs {teacher: tokens}.
+
+        InputError: a teacher's outputs do not vary, or are not finite.
+        """
+        moments = {}
         for outputs in batches:
-            for (t, kind), (count, first, second) in moments.items():
-                y = outputs[t][kind].flatten(0, -2)  # (B, D) or (B * N, D)
-                y = (y.cpu() if y.device.type == "mps" else y).double()  # MPS has no float64
-                moments[t, kind] = (count + len(y), first + y.sum(0), second + y.T @ y)
-        for (t, kind), (count, first, second) in moments.items():
-            mean = first / count
-            self[t][kind].set(mean, second / count - mean.outer(mean), f"teacher {t}, {kind}")
+            for t, tokens in outputs.items():
+                for kind, y in tokens.items():
+                    moments.setdefault((t, kind), Moments()).add(y)
+        for (t, kind), seen in moments.items():
+            self[t][kind].set(seen.mean(), seen.covariance(), name=f"teacher {t}, {kind}")
 
     def forward(self, outputs: dict[str, Tokens]) -> dict[str, Tokens]:
-        return {
-            t: {kind: self[t][kind](y) for kind, y in tokens.items()}
-            for t, tokens in outputs.items()
-        }
+        """Raw outputs {teacher: tokens} -> targets y_t of the same shapes, in float32."""
+        targets = {}
+        for t, tokens in outputs.items():
+            targets[t] = {kind: self[t][kind](y) for kind, y in tokens.items()}
+        return targets
 
 
-def distillation_loss(
-    adapted: dict[str, Tokens], targets: dict[str, Tokens]
-) -> tuple[Tensor, dict]:
-    """The sum over teachers t of L_{t,m}, at one dim m. adapted: h_{t,m}(z[:m]); targets: y_t, float32; both are
-    {teacher: {"summary": (B, D_t), "patches": (B, N, D_t)}}. -> (loss, parts: {teacher: {name: value}} for the log)."""
-    loss, parts = 0.0, {}
-    for t, y in targets.items():
-        h = adapted[t]
-        summary_cos = F.cosine_similarity(h["summary"].float(), y["summary"], dim=-1).mean()
-        patch_cos = F.cosine_similarity(h["patches"].float(), y["patches"], dim=-1).mean()
-        patch_l1 = F.smooth_l1_loss(h["patches"].float(), y["patches"])
-        loss = loss + (1 - summary_cos) + 0.9 * (1 - patch_cos) + 0.1 * patch_l1  # L_{t,m}
-        part = {
-            "summary_cos": summary_cos,
-            "patch_cos": patch_cos,
-            "patch_l1": patch_l1,
-            "spread": spread(h, y),
-        }
-        parts[t] = {name: value.detach() for name, value in part.items()}
-    return loss, parts
+class Moments:
+    """Sums over tokens (..., D) in float64: what their mean (D,) and covariance (D, D) need."""
+
+    def __init__(self):
+        self.count = 0
+        self.first = 0.0
+        self.second = 0.0
+
+    def add(self, y: Tensor) -> None:
+        y = y.flatten(0, -2)  # (B, D) or (B * N, D)
+        if y.device.type == "mps":
+            y = y.cpu()  # Apple's GPU has no float64
+        y = y.double()
+        self.count += len(y)
+        self.first = self.first + y.sum(0)
+        self.second = self.second + y.T @ y
+
+    def mean(self) -> Tensor:
+        return self.first / self.count
+
+    def covariance(self) -> Tensor:
+        mean = self.mean()
+        return self.second / self.count - mean.outer(mean)
 
 
-def spread(h: Tokens, y: Tokens) -> Tensor:
-    """Watched, no part of the loss: the deviation of predictions h over the batch, mean of all channels, over that of
-    their targets y; the smaller of the ratios for summary and first patch. 0: a dead head, the same for every tile."""
-    pairs = (
-        (h["summary"], y["summary"]),
-        (h["patches"][:, 0], y["patches"][:, 0]),
-    )  # each (B, D_t)
-    return torch.fmin(
-        *[
-            a.float().std(0, unbiased=False).mean() / b.std(0, unbiased=False).mean()
-            for a, b in pairs
-        ]
-    )
+# ---- the loss ----
+
+
+def token_loss(h: Tokens, y: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_{t,m}: how far the predictions h of one teacher at one dim are from its targets y.
+
+    h and y: {"summary": (B, D_t), "patches": (B, N, D_t)}, y in float32.
+    -> (0-dim loss, parts {name: 0-dim tensor} for the log)
+    """
+    summary_cos = F.cosine_similarity(h["summary"].float(), y["summary"], dim=-1).mean()
+    patch_cos = F.cosine_similarity(h["patches"].float(), y["patches"], dim=-1).mean()
+    patch_l1 = F.smooth_l1_loss(h["patches"].float(), y["patches"])
+    loss = (1 - summary_cos) + 0.9 * (1 - patch_cos) + 0.1 * patch_l1
+    return loss, {"summary_cos": summary_cos, "patch_cos": patch_cos, "patch_l1": patch_l1}
 
 
 def nested_loss(
-    student: nn.Module, tokens: Tokens, targets: dict[str, Tokens]
-) -> tuple[Tensor, dict]:
-    """L = sum over nested dims m and teachers t of L_{t,m}: every prefix of the embedding has to do the whole job.
-    tokens: the student's z, {"summary": (B, D), "patches": (B, N, D)}. -> (L, {m: parts of distillation_loss at m})."""
-    losses, parts = zip(
-        *[distillation_loss(student.adapt(tokens, m), targets) for m in student.nested_dims]
-    )
-    return sum(losses), dict(zip(student.nested_dims, parts))  # w_m = 1
+    predictions: dict[int, dict[str, Tokens]], targets: dict[str, Tokens]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L: every prefix of the embedding has to predict every teacher.
 
-
-class Distiller(
-    nn.Sequential
-):  # of a student: with the loss in its forward, as DDP wraps and --compile compiles it
-    def forward(self, images: Tensor, targets: dict[str, Tokens]) -> tuple[Tensor, dict]:
-        return nested_loss(self[0], self[0](images), targets)
+    predictions: {m: {teacher: h_{t,m}(z[:m])}}, as student.Adaptors makes them
+    targets: {teacher: y_t}, as Standardizers makes them
+    -> (0-dim loss, terms {"TEACHER/NAME@M": 0-dim tensor without gradient}); train.py logs them all
+    """
+    loss = 0.0
+    terms = {}
+    for m in predictions:
+        w_m = 1.0  # every prefix counts alike
+        for t, y in targets.items():
+            h = predictions[m][t]
+            loss_tm, parts = token_loss(h, y)
+            loss = loss + w_m * loss_tm
+            for name, value in parts.items():
+                terms[f"{t}/{name}@{m}"] = value.detach()
+    return loss, terms

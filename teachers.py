@@ -1,31 +1,43 @@
-"""The teachers, frozen: tiles of data.py in, targets for losses.py out; published ones, and two offline for the demo.
+"""The teachers: published encoders, frozen, and two small ones that are made here.
 
-    python teachers.py                every teacher: size, tile, normalisation, gate, where its weights are, licence
-    python teachers.py uni tile.png   load one and embed a tile: are access, file and memory in order before a long run?
-    teacher(images in [0, 1]) -> {"summary": CLS (B, D_t), "patches": (B, N, D_t)}, resampled to the student's grid
-    teacher.embed(images)     -> the embedding that the model's card recommends, for evaluating the teacher itself
-`TEACHERS` has one entry a teacher, from its card; every one is the ViT of student.py, loaded strictly."""
+    python teachers.py                all of them: size, tile, normalisation, access, file, licence
+    python teachers.py uni tile.png   load one and embed a tile: are access, file, memory in order?
 
-import importlib.util
+    teacher(images)        -> {"summary": CLS (B, D_t), "patches": (B, N, D_t)}, to learn from
+    teacher.embed(images)  -> the embedding that the model's card recommends, to evaluate it
+
+`TEACHERS` has one entry a teacher, with the facts of its card. Every one is the ViT of student.py.
+From the top: the registry; the frozen model; the way of its weights (find the file, read it, give
+its tensors timm's names, load them strictly); the two offline teachers; the command line.
+"""
+
 import math
 import os
-import shutil
-import sys
+import pickle
+import re
 import time
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawTextHelpFormatter
+import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
-import student
-from data import CELLS, TISSUE_VERSION, TISSUES, TissueTiles, open_tile, progress
+from data import (
+    CELLS,
+    TISSUE_VERSION,
+    TISSUES,
+    OneLineParser,
+    TissueTiles,
+    folder,
+    open_tile,
+    path,
+    progress,
+    run_program,
+    save_atomically,
+)
 from student import (
     IMAGENET,
     P14,
@@ -33,492 +45,693 @@ from student import (
     VIT_B,
     VIT_S,
     InputError,
+    Tokens,
     VisionTransformer,
     millions,
-    normalise,
+    to_float,
 )
+
+# ---- the registry ----
 
 
 @dataclass(frozen=True)
-class TeacherSpec:  # what a teacher is, as its card has it
+class TeacherSpec:
+    """What a teacher is, as its card has it."""
+
     arch: dict  # arguments of VisionTransformer
     licence: str  # of the weights, and whether it binds students
     repo: str = ""  # on Hugging Face; without one, weights are only looked for in --weights-dir
     file: str = "model.safetensors"  # in that repo
-    gate: str = (
-        "open"  # or "gated": access is on request; "gated?" where it changed or sources differ
-    )
+    gate: str = "open"  # or "gated": on request; "gated?": it changed, or sources differ
     norm: tuple = IMAGENET  # mean, std
-    tile: str = "224 at 0.5"  # pixels at microns per pixel, as on the card
-    resize: int = 0  # shorter side before the centre crop to img_size, as on the card; 0: img_size
+    tile: str = "224 at 0.5"  # pixels at microns per pixel
+    resize: int = 0  # shorter side before the centre crop to img_size; 0: img_size
     interpolation: str = "bicubic"  # of that resize
-    patch_mean: bool = False  # the card's embedding is CLS and the mean of patches, not CLS alone
-    antialias: bool = (
-        True  # in the authors' resampling of pos_embed, where the file has another grid
-    )
-    task: str = ""  # offline teachers: the label of synthetic tissue that it knows
+    patch_mean: bool = False  # the card's embedding: CLS and the mean of patches, not CLS alone
+    antialias: bool = True  # in the authors' resampling of pos_embed, if the file has another grid
+    task: str = ""  # of an offline teacher: the label of drawn tissue that it knows
 
 
-P16, NO_SCALE = {"img_size": 224, "patch_size": 16}, {"layer_scale": False}
+P16 = {"img_size": 224, "patch_size": 16}
 VIT_L = {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
 VIT_H = {"width": 1280, "depth": 32, "heads": 16, "mlp_width": 6832, "swiglu": True}
 VIT_G = {"width": 1536, "depth": 40, "heads": 24, "mlp_width": 8192, "swiglu": True}
-VIT_TOY = {"img_size": 64, "patch_size": 8, "width": 128, "depth": 6, "heads": 4, "mlp_width": 512}
-SWIGLU_B, SWIGLU_L = {"mlp_width": 4096, "swiglu": True}, {"mlp_width": 5472, "swiglu": True}
+VIT_TOY = {"width": 128, "depth": 6, "heads": 4, "mlp_width": 512, "img_size": 64, "patch_size": 8}
+SWIGLU_B = {"mlp_width": 4096, "swiglu": True}
+SWIGLU_L = {"mlp_width": 5472, "swiglu": True}
+NO_SCALE = {"layer_scale": False}
+
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 HIBOU = ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816))
 LUNIT = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
-APACHE, MIT = (f"{licence}; binds students: no" for licence in ("Apache-2.0", "MIT"))
-BINDS = "CC-BY-NC-ND-4.0; binds students: yes, its access terms count them as derivatives, non-commercial"
-NC_ND = "CC-BY-NC-ND-4.0; binds students: presume so, non-commercial and no derivatives"
+
+APACHE = "Apache-2.0; binds students: no"
+MIT = "MIT; binds students: no"
 RESEARCH = "Apache-2.0; binds students: no, but its access terms say research only"
-OWKIN, KAIKO, LUNIT_NC = (
-    f"{who} non-commercial; binds students: presume so" for who in ("Owkin", "Kaiko", "Lunit")
+BINDS = (
+    "CC-BY-NC-ND-4.0; binds students: yes, its access terms count them as derivatives, "
+    "non-commercial"
 )
-UNI_CARD = {
-    "file": "pytorch_model.bin",
-    "gate": "gated",
-    "tile": "256 at 0.5",
-    "interpolation": "bilinear",
-}
-HALF = {
-    "norm": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "interpolation": "bilinear",
-}  # Kaiko's cards and Midnight's
-KAIKO_REPO = "1aurent/vit_%s_224.kaiko_ai_towards_large_pathology_fms"
-GIGAPATH = {"file": "pytorch_model.bin", "gate": "gated", "tile": "256 at 0.5", "resize": 256}
-DRAWN = {"licence": "Apache-2.0, drawn and trained here; binds students: no", "tile": "64, drawn"}
+NC_ND = "CC-BY-NC-ND-4.0; binds students: presume so, non-commercial and no derivatives"
+OWKIN = "Owkin non-commercial; binds students: presume so"
+KAIKO = "Kaiko non-commercial; binds students: presume so"
+LUNIT_NC = "Lunit non-commercial; binds students: presume so"
+DRAWN = "Apache-2.0, drawn and trained here; binds students: no"
+
+BIN = {"file": "pytorch_model.bin"}
+GATED = {"gate": "gated"}
+GATE_DIFFERS = {"gate": "gated?"}
+MAHMOOD = BIN | GATED | {"tile": "256 at 0.5", "interpolation": "bilinear"}
+GIGAPATH = BIN | GATED | {"tile": "256 at 0.5", "resize": 256}
+PAIGE = GATED | {"patch_mean": True}
+KAIKO_CARD = {"norm": HALF, "interpolation": "bilinear", "tile": "256 at 0.5"}
+KAIKO_REPO = "1aurent/vit_{}_224.kaiko_ai_towards_large_pathology_fms"
+MIDNIGHT = {"norm": HALF, "interpolation": "bilinear", "patch_mean": True, "antialias": False}
+NATURAL = {"tile": "natural images"}
+DINOV2_REPO = "facebook/dinov2-with-registers-"
+
 TEACHERS = {
-    "uni": TeacherSpec(P16 | VIT_L, BINDS, "MahmoodLab/UNI", **UNI_CARD),
+    "uni": TeacherSpec(P16 | VIT_L, BINDS, "MahmoodLab/UNI", **MAHMOOD),
     "uni2_h": TeacherSpec(
-        P14 | VIT_G | REG4 | {"depth": 24, "registers": 8}, BINDS, "MahmoodLab/UNI2-h", **UNI_CARD
+        P14 | VIT_G | REG4 | {"depth": 24, "registers": 8}, BINDS, "MahmoodLab/UNI2-h", **MAHMOOD
     ),
-    "virchow": TeacherSpec(P14 | VIT_H, APACHE, "paige-ai/Virchow", gate="gated", patch_mean=True),
-    "virchow2": TeacherSpec(
-        P14 | VIT_H | {"registers": 4}, NC_ND, "paige-ai/Virchow2", gate="gated", patch_mean=True
-    ),
+    "virchow": TeacherSpec(P14 | VIT_H, APACHE, "paige-ai/Virchow", **PAIGE),
+    "virchow2": TeacherSpec(P14 | VIT_H | {"registers": 4}, NC_ND, "paige-ai/Virchow2", **PAIGE),
     "h_optimus_0": TeacherSpec(
-        P14 | VIT_G | REG4, APACHE, "bioptimus/H-optimus-0", gate="gated?", norm=OPTIMUS
+        P14 | VIT_G | REG4, APACHE, "bioptimus/H-optimus-0", norm=OPTIMUS, **GATE_DIFFERS
     ),
     "h_optimus_1": TeacherSpec(
-        P14 | VIT_G | REG4, BINDS, "bioptimus/H-optimus-1", gate="gated", norm=OPTIMUS
+        P14 | VIT_G | REG4, BINDS, "bioptimus/H-optimus-1", norm=OPTIMUS, **GATED
     ),
     "h0_mini": TeacherSpec(
-        P14 | VIT_B | SWIGLU_B | REG4, NC_ND, "bioptimus/H0-mini", gate="gated", norm=OPTIMUS
+        P14 | VIT_B | SWIGLU_B | REG4, NC_ND, "bioptimus/H0-mini", norm=OPTIMUS, **GATED
     ),
     "gigapath": TeacherSpec(P16 | VIT_G, RESEARCH, "prov-gigapath/prov-gigapath", **GIGAPATH),
     "phikon": TeacherSpec(P16 | VIT_B | NO_SCALE, OWKIN, "owkin/phikon"),
     "phikon_v2": TeacherSpec(P16 | VIT_L, OWKIN, "owkin/phikon-v2"),
-    "midnight": TeacherSpec(
-        P14 | VIT_G, MIT, "kaiko-ai/midnight", **HALF, patch_mean=True, antialias=False
-    ),
+    "midnight": TeacherSpec(P14 | VIT_G, MIT, "kaiko-ai/midnight", **MIDNIGHT),
     "hibou_b": TeacherSpec(
-        P14 | VIT_B | SWIGLU_B | REG4, APACHE, "histai/hibou-b", gate="gated?", norm=HIBOU
+        P14 | VIT_B | SWIGLU_B | REG4, APACHE, "histai/hibou-b", norm=HIBOU, **GATE_DIFFERS
     ),
     "hibou_l": TeacherSpec(
-        P14 | VIT_L | SWIGLU_L | REG4, APACHE, "histai/hibou-L", gate="gated?", norm=HIBOU
+        P14 | VIT_L | SWIGLU_L | REG4, APACHE, "histai/hibou-L", norm=HIBOU, **GATE_DIFFERS
     ),
     "gpfm": TeacherSpec(P14 | VIT_L, NC_ND, "majiabo/GPFM", file="GPFM.pth", tile="512 at 0.25"),
     "kaiko_s16": TeacherSpec(
-        P16 | VIT_S | NO_SCALE, KAIKO, KAIKO_REPO % "small_patch16", **HALF, tile="256 at 0.5"
+        P16 | VIT_S | NO_SCALE, KAIKO, KAIKO_REPO.format("small_patch16"), **KAIKO_CARD
     ),
     "kaiko_b16": TeacherSpec(
-        P16 | VIT_B | NO_SCALE, KAIKO, KAIKO_REPO % "base_patch16", **HALF, tile="256 at 0.5"
+        P16 | VIT_B | NO_SCALE, KAIKO, KAIKO_REPO.format("base_patch16"), **KAIKO_CARD
     ),
     "kaiko_l14": TeacherSpec(
-        P14 | VIT_L | REG4, KAIKO, KAIKO_REPO % "large_patch14_reg4", **HALF, tile="256 at 0.5"
+        P14 | VIT_L | REG4, KAIKO, KAIKO_REPO.format("large_patch14_reg4"), **KAIKO_CARD
     ),
     "lunit_s16": TeacherSpec(
         P16 | VIT_S | NO_SCALE, LUNIT_NC, "1aurent/vit_small_patch16_224.lunit_dino", norm=LUNIT
     ),
-    "dinov2_s": TeacherSpec(
-        P14 | VIT_S | REG4, APACHE, "facebook/dinov2-with-registers-small", tile="natural images"
-    ),
-    "dinov2_b": TeacherSpec(
-        P14 | VIT_B | REG4, APACHE, "facebook/dinov2-with-registers-base", tile="natural images"
-    ),
-    "dinov2_l": TeacherSpec(
-        P14 | VIT_L | REG4, APACHE, "facebook/dinov2-with-registers-large", tile="natural images"
-    ),
-    "toy_cells": TeacherSpec(VIT_TOY, **DRAWN, task="cells"),
-    "toy_tissue": TeacherSpec(VIT_TOY, **DRAWN, task="tissue"),
+    "dinov2_s": TeacherSpec(P14 | VIT_S | REG4, APACHE, DINOV2_REPO + "small", **NATURAL),
+    "dinov2_b": TeacherSpec(P14 | VIT_B | REG4, APACHE, DINOV2_REPO + "base", **NATURAL),
+    "dinov2_l": TeacherSpec(P14 | VIT_L | REG4, APACHE, DINOV2_REPO + "large", **NATURAL),
+    "toy_cells": TeacherSpec(VIT_TOY, DRAWN, tile="64, drawn", task="cells"),
+    "toy_tissue": TeacherSpec(VIT_TOY, DRAWN, tile="64, drawn", task="tissue"),
 }
-OFFLINE = [name for name, spec in TEACHERS.items() if spec.task]
-MADE_HERE = f"{{}}-v{TISSUE_VERSION}-{{}}-{{}}.pt"  # a file a recipe, so that a run with a tiny budget poisons no other
+OFFLINE = ["toy_cells", "toy_tissue"]
+
+
+def check_names(names: list[str], flag: str = "--teachers") -> None:
+    """InputError: there are none, or one of them is no teacher."""
+    if not names:
+        raise InputError(f"{flag}: no teacher is named; choose from {', '.join(TEACHERS)}")
+    for name in names:
+        if name not in TEACHERS:
+            known = ", ".join(TEACHERS)
+            raise InputError(f"{flag}: no teacher is called '{name}'; choose from {known}")
+
+
+# ---- the frozen model ----
 
 
 class Teacher(nn.Module):
-    """A frozen ViT with its own normalisation. dim: D_t; grid: patches a side; embed_dim: width of `embed`; licence."""
+    """A frozen ViT with its own normalisation.
+
+    dim: D_t.  grid: patches a side.  embed_dim: width of `embed`.  licence: of its weights.
+    """
 
     def __init__(self, name: str, vit: VisionTransformer):
         super().__init__()
-        self.name, self.vit, self.spec = name, vit.requires_grad_(False), TEACHERS[name]
-        self.dim, self.grid, self.licence = vit.width, vit.grid, self.spec.licence
-        self.embed_dim, self.card_size = (
-            (1 + self.spec.patch_mean) * vit.width,
-            self.spec.resize or vit.img_size,
-        )
-        self.mean, self.std = (
-            nn.Buffer(torch.tensor(x).view(3, 1, 1), persistent=False) for x in self.spec.norm
-        )
+        self.name = name
+        self.spec = TEACHERS[name]
+        self.licence = self.spec.licence
+        self.vit = vit.requires_grad_(False)
+        self.dim = vit.width
+        self.grid = vit.grid
+        self.embed_dim = 2 * vit.width if self.spec.patch_mean else vit.width
+        self.card_size = self.spec.resize or vit.img_size
+        mean, std = self.spec.norm
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.eval()
 
     @torch.no_grad()
-    def forward(self, images: Tensor, grid: int | None = None) -> dict[str, Tensor]:
-        """Images (B, 3, S, S), uint8 or in [0, 1] -> {"summary": (B, D_t), "patches": (B, N, D_t)}, N = grid * grid.
-        `grid` is the student's: patch i of both is the same piece of tissue. ValueError: images that are not square."""
-        images, size = normalise(images), self.vit.img_size
-        if (
-            images.shape[-1] != size and images.shape[-2] == images.shape[-1]
-        ):  # the ViT refuses others
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        # the weights' dtype is the compute dtype: a frozen model needs no fp32 master copy and no autocast
-        tokens = self.vit.split(
-            self.vit(normalise(images, self.mean, self.std).to(self.vit.norm.weight.dtype))
-        )
-        if grid and grid != self.grid:
-            patches = (
-                tokens["patches"].float().transpose(1, 2).unflatten(2, (self.grid, -1))
-            )  # (B, D_t, grid, grid)
-            tokens["patches"] = (
-                F.interpolate(patches, (grid, grid), mode="bilinear").flatten(2).transpose(1, 2)
-            )
+    def forward(self, images: Tensor, grid: int | None = None) -> Tokens:
+        """Images (B, 3, S, S), uint8 or in [0, 1] -> {"summary": (B, D_t), "patches": (B, N, D_t)}.
+
+        They are resized to the teacher's own size. grid: the student's; the map of patches is
+        resampled to it, N = grid * grid, so that patch i of both is the same piece of tissue.
+        ValueError: images that are not square.
+        """
+        images = to_float(images)
+        size = self.vit.img_size
+        height, width = images.shape[2:]
+        if height == width and height != size:
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+            images = images.clamp(0, 1)  # bicubic overshoots
+        x = (images - self.mean) / self.std
+        x = x.to(self.vit.norm.weight.dtype)  # frozen weights: no fp32 copy of them, no autocast
+        tokens = self.vit.split(self.vit(x))
+        if grid is not None and grid != self.grid:
+            patches = tokens["patches"].float()
+            patches = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            patches = F.interpolate(patches, (grid, grid), mode="bilinear")  # (B, D_t, grid, grid)
+            tokens["patches"] = patches.flatten(2).transpose(1, 2)  # (B, grid * grid, D_t)
         return tokens
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), uint8 or in [0, 1] -> the card's embedding (B, embed_dim). InputError: far too small."""
-        (height, width), size, mode = images.shape[-2:], self.vit.img_size, self.spec.interpolation
+        """Images (B, 3, H, W), uint8 or in [0, 1] -> the card's embedding (B, embed_dim).
+
+        InputError: tiles that are smaller than a quarter of the teacher's input.
+        """
+        size = self.vit.img_size
+        height, width = images.shape[2:]
         if 4 * min(height, width) < size:
+            smallest = size // 4
             raise InputError(
-                f"{self.name}: a tile of {width} x {height} px is too small; give {size // 4} px or more"
+                f"{self.name}: a tile of {width} x {height} px is too small; "
+                f"give {smallest} px or more"
             )
-        images = normalise(
-            TF.resize(images, self.spec.resize or size, TF.InterpolationMode(mode))
-        )  # antialiased
-        summary, patches = self(
-            TF.center_crop(images.clamp(0, 1), size)
-        ).values()  # bicubic overshoots
-        return torch.cat([summary, patches.mean(1)] if self.spec.patch_mean else [summary], -1)
+        mode = TF.InterpolationMode(self.spec.interpolation)
+        images = to_float(TF.resize(images, self.card_size, mode))
+        images = TF.center_crop(images.clamp(0, 1), size)
+        tokens = self(images)
+        if self.spec.patch_mean:
+            return torch.cat([tokens["summary"], tokens["patches"].mean(1)], dim=-1)
+        return tokens["summary"]
 
 
-def check_names(
-    names: list[str], flag: str = "--teachers"
-) -> None:  # InputError: one is unknown, or there are none
-    if unknown := [name for name in names or [""] if name not in TEACHERS]:
-        raise InputError(
-            f"{flag}: no teacher is called '{unknown[0]}'; choose from {', '.join(TEACHERS)}"
-        )
-
-
-def load_init(
-    vit: VisionTransformer, init: str, weights_dir: str | Path = "weights"
-) -> dict[str, str]:
-    """train.py --init: begin from a published teacher, by name, or from a file -> licences of what it came from."""
-    published = (
-        find_weights([init], weights_dir) if init in TEACHERS else {}
-    )  # an offline one has no file to find
-    path = published.get(init) or (Path(init, "student.pt") if os.path.isdir(init) else Path(init))
-    if not path.is_file():
-        raise InputError(
-            f"--init: {init} is no file and no published teacher; give dinov2_b, dinov2_s or runs/NAME"
-        )
-    content = student.load_published(vit, path, f"--init: {path}")
-    config = (
-        {"licences": {init: TEACHERS[init].licence}} if published else content.get("config", {})
-    )
-    return (
-        config.get("licences")
-        or config.get("teachers")
-        or {path.name: "unknown; ask where the file comes from"}
-    )
+# ---- finding the file ----
 
 
 def find_weights(
     names: list[str], weights_dir: str | Path = "weights", fetch: bool = True
 ) -> dict[str, Path]:
-    """{name: file}, of weights_dir or Hugging Face's cache, or fetched now. InputError names all that are missing."""
-    hub = (
-        importlib.import_module("huggingface_hub")
-        if importlib.util.find_spec("huggingface_hub")
-        else None
-    )
-    found, missing, why = {}, [], "not tried" if hub else "huggingface_hub is not installed"
-    for name, spec, local in (
-        (x, TEACHERS[x], Path(weights_dir, x)) for x in names if x not in OFFLINE
-    ):
-        path = next(
-            filter(
-                Path.exists, (Path(f"{local}.{end}") for end in ("safetensors", "bin", "pth", "pt"))
-            ),
-            None,
-        )
-        if path is None and hub and spec.repo:
-            try:  # in its cache, or fetched; where Hugging Face is out of reach, it is asked but once
-                hub.logging.set_verbosity_error()  # its retries would bury the one line below
-                path = hub.hf_hub_download(
-                    spec.repo, spec.file, local_files_only=not fetch or "LocalEntry" in why
-                )
-            except Exception as error:  # noqa: BLE001 - gated, offline, disk full: many types, and the same remedy
-                why = f"fetching failed: {type(error).__name__}"
-        if path:
-            found[name] = Path(path)
+    """{name: file} of published teachers: in weights_dir, in Hugging Face's cache, or fetched now.
+
+    fetch=False: only look, and leave out what is not there.
+    InputError: names all that are missing, with the way to get them.
+    """
+    found = {}
+    missing = []
+    reachable = fetch
+    why = "not tried"
+    for name in names:
+        spec = TEACHERS[name]
+        if spec.task:
+            continue  # made here, on first use
+        file = find_in_folder(name, weights_dir)
+        if file is None and spec.repo:
+            file, why = find_on_hub(spec, fetch=reachable)
+            if "LocalEntryNotFoundError" in why:
+                reachable = False  # the hub cannot be reached: it is not asked again
+        if file is not None:
+            found[name] = file
         elif fetch:
-            access = (
-                "open"
-                if spec.gate == "open"
-                else f"{spec.gate}: request access on its page, then hf auth login"
-            )
-            source = (
-                f"{spec.file} of {spec.repo} (Hugging Face, {access}; {why})"
-                if spec.repo
-                else "its weights"
-            )
-            missing.append(f"{name}: put {source} at {local}{Path(spec.file).suffix}")
+            place = Path(weights_dir, name + Path(spec.file).suffix)
+            missing.append(f"{name}: put {where_to_get(spec, why)} at {place}")
     if missing:
         raise InputError(f"no weights for {'; '.join(missing)}")
     return found
 
 
+def find_in_folder(name: str, weights_dir: str | Path) -> Path | None:
+    for suffix in (".safetensors", ".bin", ".pth", ".pt"):
+        file = Path(weights_dir, name + suffix)
+        if file.exists():
+            return file
+    return None
+
+
+def find_on_hub(spec: TeacherSpec, fetch: bool) -> tuple[Path | None, str]:
+    """The file in Hugging Face's cache, or fetched -> (file or None, why it is not there)."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        return None, "huggingface_hub is not installed"
+    huggingface_hub.logging.set_verbosity_error()  # its retries would bury our one line
+    try:
+        file = huggingface_hub.hf_hub_download(spec.repo, spec.file, local_files_only=not fetch)
+    except Exception as error:  # noqa: BLE001 - gated, offline, disk full: the remedy is the same
+        return None, f"fetching failed: {type(error).__name__}"
+    return Path(file), ""
+
+
+def where_to_get(spec: TeacherSpec, why: str) -> str:
+    if not spec.repo:
+        return "its weights"
+    access = spec.gate
+    if spec.gate != "open":
+        access += ": request access on its page, then hf auth login"
+    return f"{spec.file} of {spec.repo} (Hugging Face, {access}; {why})"
+
+
+# ---- reading it ----
+
+
+def read_weights(path: str | Path) -> dict:
+    """What a .safetensors, .bin, .pth or .pt file holds, on the CPU; never runs a pickle's code.
+
+    InputError: damaged, or with other Python objects beside its tensors.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            content = read_safetensors(path)
+        else:
+            content = read_torch_file(path)
+    except ImportError:
+        raise InputError(f"{path} needs the library safetensors: pip install safetensors") from None
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is refused: {why_refused(error)}") from None
+    except Exception as error:  # noqa: BLE001 - a damaged file raises many types
+        reason = type(error).__name__
+        raise InputError(f"{path} is damaged ({reason}); put a whole copy there") from None
+    if not isinstance(content, dict):
+        return {"the whole content": content}
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError):
+        # a disk without mmap, or a path that is not UTF-8: the library opens neither by its name
+        return safetensors.torch.load(path.read_bytes())
+
+
+def read_torch_file(path: Path) -> object:
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # compares checksums, as torch.load does not
+        if damaged:
+            raise ValueError(damaged)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (RuntimeError, UnicodeError):
+        # a disk without mmap, or a path that is not UTF-8: torch opens neither by its name
+        with open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def why_refused(error: pickle.UnpicklingError) -> str:
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if named is None:
+        return "it holds no weights, or objects that could run code; put the right file there"
+    return (
+        f"beside its tensors it holds other Python objects ({named[1]}), which could run code; "
+        "where you trust it, save its tensors alone"
+    )
+
+
+# ---- giving its tensors timm's names ----
+
+# Inside a training checkpoint the weights lie under one of these, the first that is there. EMA,
+# averaged over training, comes before the raw weights beside it, as in timm.
+WRAPPERS = ["teacher", "state_dict_ema", "model_ema", "state_dict", "model"]
+RENAMES = [
+    # wrappers of training code, in any order: compiled, parallel, inside another model
+    (r"^((_orig_mod|module|teacher|backbone|model|vit|dinov2|embeddings|encoder)\.)+", ""),
+    # Hugging Face's ViT and Dinov2
+    (r"^layernorm\.", "norm."),
+    (r"^patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^position_embeddings", "pos_embed"),
+    (r"^layer\.", "blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.attention\.(query|key|value)\.", ".attn.qkv."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.(intermediate\.dense|mlp\.weights_in)\.", ".mlp.fc1."),
+    (r"\.(output\.dense|mlp\.weights_out)\.", ".mlp.fc2."),
+    # the DINOv2 repo: registers, SwiGLU, blocks in chunks as fully sharded training leaves them
+    (r"^register_tokens", "reg_token"),
+    (r"\.mlp\.w12\.", ".mlp.fc1."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
+    # timm's own names stay as they are
+]
+UNUSED = r"mask_token$|(pooler|classifier|head|dino_head|ibot_head)\."  # no other may be left over
+
+
+def unwrap(content: dict, source: str) -> dict:
+    """The dict of tensors inside a training checkpoint, or inside a student.pt."""
+    state = content
+    for wrapper in WRAPPERS:
+        inner = state.get(wrapper)
+        if not isinstance(inner, dict):
+            continue
+        if wrapper.endswith("_ema"):
+            print(f"{source}: its averaged weights ({wrapper}) are taken, not the raw ones")
+        state = inner
+    return state
+
+
+def timm_name(key: str) -> str:
+    for pattern, name in RENAMES:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def timm_state(
+    state: dict,
+    vit: VisionTransformer,
+    dtype: torch.dtype = torch.float32,
+    antialias: bool = True,
+) -> dict[str, Tensor]:
+    """Tensors in any published layout, perhaps mapped -> copies with timm's names and vit's grid.
+
+    ValueError: a tensor that is none, or not of floating point.
+    """
+    parts = {}  # {timm's name: tensors}; several for the rows of qkv
+    for key in sorted(state, key=qkv_order):
+        tensor = state[key]
+        name = timm_name(key)
+        if re.match(UNUSED, name):
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{key} is no floating-point tensor")
+        parts.setdefault(name, []).append(tensor)
+
+    renamed = {}
+    for name, tensors in parts.items():  # two of one name that are no qkv get an impossible shape
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        renamed[name] = tensor
+    if "cls_token" in renamed and "pos_embed" in renamed:
+        fit_positions(renamed, vit, antialias)
+    for name, tensor in renamed.items():
+        renamed[name] = tensor.to(dtype, copy=True)  # a copy: the mapped file may go
+    return renamed
+
+
+def qkv_order(key: str) -> int:
+    """Sorts Hugging Face's query, key and value into the order of the rows of qkv."""
+    for place, part in enumerate((".query.", ".key.", ".value.")):
+        if part in key:
+            return place
+    return 0
+
+
+def fit_positions(state: dict[str, Tensor], vit: VisionTransformer, antialias: bool) -> None:
+    """Give pos_embed the rows that vit has, in place, wherever that can be done."""
+    cls_token = state["cls_token"].float()  # (1, 1, D)
+    pos_embed = state["pos_embed"].float()  # (1, rows, D)
+    rows = pos_embed.shape[1]
+    if not vit.pos_on_prefix and math.isqrt(rows - 1) ** 2 == rows - 1:
+        # The DINOv2 repo and Hugging Face keep a row for CLS where registers have none. timm adds
+        # that row to CLS itself.
+        cls_token = cls_token + pos_embed[:, :1]
+        pos_embed = pos_embed[:, 1:]
+    prefix_rows = vit.prefix if vit.pos_on_prefix else 0
+    prefix = pos_embed[:, :prefix_rows]
+    patches = pos_embed[:, prefix_rows:]
+    side = math.isqrt(patches.shape[1])
+    if side != vit.grid and side**2 == patches.shape[1]:
+        print(f"position embedding resampled from {side} x {side} to {vit.grid} x {vit.grid}")
+        patches = patches.transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
+        patches = F.interpolate(patches, (vit.grid, vit.grid), mode="bicubic", antialias=antialias)
+        patches = patches.flatten(2).transpose(1, 2)  # (1, grid * grid, D)
+        pos_embed = torch.cat([prefix, patches], dim=1)
+    state["cls_token"] = cls_token
+    state["pos_embed"] = pos_embed
+
+
+# ---- loading them strictly ----
+
+
+def load_strictly(model: nn.Module, state: dict, source: str) -> None:
+    """Give a model, possibly on the meta device, exactly the tensors of `state`.
+
+    InputError: names what is missing, left over or of another shape, two of each kind.
+    """
+    if not isinstance(state, dict):
+        state = {"the whole": state}
+    expected = model.state_dict()
+    reshaped = []
+    missing = []
+    surplus = []
+    for key, tensor in expected.items():
+        if key not in state:
+            missing.append(f"{key} is missing, expected {shape_of(tensor)}")
+        elif shape_of(state[key]) != shape_of(tensor):
+            reshaped.append(f"{key} is {shape_of(state[key])}, expected {shape_of(tensor)}")
+    for key, tensor in state.items():
+        if key not in expected:
+            surplus.append(f"{key} is {shape_of(tensor)}, expected none")
+    count = len(reshaped) + len(missing) + len(surplus)
+    if count:
+        some = "; ".join(reshaped[:2] + missing[:2] + surplus[:2])
+        raise InputError(f"{source} holds another model: {count} tensors differ, first {some}")
+    for key, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise InputError(f"{source} is damaged: {key} has values that are not finite")
+    on_meta = any(tensor.is_meta for tensor in expected.values())
+    model.load_state_dict(state, assign=on_meta)
+
+
+def shape_of(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return "no tensor"
+    return str(tuple(value.shape))
+
+
+def load_published(
+    vit: VisionTransformer,
+    path: str | Path,
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    antialias: bool = True,
+) -> dict:
+    """Strictly load a file of any published layout into vit -> all that the file holds.
+
+    InputError: damaged or of another model; begins with `source`, names differences with shapes.
+    """
+    content = read_weights(path)
+    try:
+        state = timm_state(unwrap(content, source), vit, dtype, antialias)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(
+            f"{source} holds another model: {reason}; put the right file there"
+        ) from None
+    load_strictly(vit, state, source)
+    return content
+
+
 def load_teacher(
-    name: str, weights_dir="weights", device="cpu", dtype=torch.float32, steps=500, seed=0
+    name: str,
+    weights_dir: str | Path = "weights",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    steps: int = 500,
+    seed: int = 0,
 ) -> Teacher:
-    """A frozen teacher computing in `dtype`; offline ones are trained on first use. InputError: no or unfit weights."""
+    """A frozen teacher that computes in `dtype`. Offline ones are trained on first use.
+
+    steps, seed: the recipe of an offline teacher; published ones have none.
+    InputError: its weights are missing, damaged, or another model's.
+    """
     check_names([name])
-    spec, made_here = TEACHERS[name], Path(weights_dir) / MADE_HERE.format(name, steps, seed)
-    path = made_here if spec.task else find_weights([name], weights_dir)[name]
-    if spec.task and not path.exists():
-        print(f"{path} is made now, or waited for if another run makes it", flush=True)
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                student.save_atomically(train_offline_teacher(name, steps, seed, device), path)
+    spec = TEACHERS[name]
+    if spec.task:
+        file = offline_file(name, weights_dir, steps, seed)
+        source = f"{file}, which should be {name},"
+        if not file.exists():
+            print(f"{file} is made now", flush=True)
+            save_atomically(train_offline_teacher(name, steps, seed, device), file)
+    else:
+        file = find_weights([name], weights_dir)[name]
+        source = f"{file}, which should be {spec.file} of {spec.repo or name},"
     with torch.device("meta"):
         vit = VisionTransformer(**spec.arch)
-    source = f"{path}, which should be {f'{spec.file} of {spec.repo}' if spec.repo else name},"
-    student.load_published(vit, path, source, dtype, spec.antialias)
+    load_published(vit, file, source, dtype, spec.antialias)
     return Teacher(name, vit).to(device)
 
 
-def open_cache(folder: str, made_from: dict, row: np.dtype, n: int) -> np.memmap:
-    """train.py --cache: memory-mapped outputs (n,), a `row` each. InputError: no space, not made from `made_from`."""
-    record, outputs, size = (
-        Path(folder) / "made_from.pt",
-        Path(folder) / "outputs",
-        n * row.itemsize,
-    )
-    if not outputs.exists():
-        free = shutil.disk_usage(
-            next(path for path in record.absolute().parents if path.exists())
-        ).free
-        print(
-            f"--cache: the teachers' outputs on {n} tiles take {size / 1e9:.3g} GB; {folder} has {free / 1e9:.3g} GB"
+def load_init(
+    vit: VisionTransformer, init: str, weights_dir: str | Path = "weights"
+) -> dict[str, str]:
+    """train.py --init: begin from a published teacher by name, a run's folder, or a file.
+
+    -> {what it came from: licence}, of all that binds the student through it.
+    InputError: there is no such file or teacher, or it is another model.
+    """
+    if init in TEACHERS and init not in OFFLINE:
+        file = find_weights([init], weights_dir)[init]
+    elif os.path.isdir(init):
+        file = Path(init, "student.pt")
+    else:
+        file = Path(init)
+    if not file.is_file():
+        raise InputError(
+            f"--init: {init} is no file and no published teacher; "
+            "give dinov2_b, dinov2_s or runs/NAME"
         )
-        if size > free:
-            raise InputError(
-                f"--cache: {folder} lacks {(size - free) / 1e9:.3g} GB; take fewer tiles or another disk"
-            )
-        reserve = getattr(os, "posix_fallocate", lambda number, _, size: os.truncate(number, size))
-        with FileLock(f"{outputs}.lock"):
-            if not outputs.exists():  # another run may have made it just now
-                student.save_atomically(made_from, record)
-                student.save_atomically(
-                    size, outputs, lambda size, file: reserve(file.fileno(), 0, size)
-                )
-    then, now = (
-        student.read_weights(record) | {"bytes": outputs.stat().st_size},
-        made_from | {"bytes": size},
-    )
-    if differ := [
-        f"{what} {then.get(what)}, now {now[what]}" for what in now if then.get(what) != now[what]
-    ]:
-        raise InputError(f"--cache: {folder} was made with {differ[0]}; give another folder")
-    return np.memmap(outputs, row, "r+" if os.access(outputs, os.W_OK) else "r")
+    content = load_published(vit, file, f"--init: {file}")
+    if init in TEACHERS and init not in OFFLINE:
+        return {init: TEACHERS[init].licence}
+    config = content.get("config", {})
+    licences = config.get("licences") or config.get("teachers")
+    return licences or {file.name: "unknown; ask where the file comes from"}
+
+
+# ---- the offline teachers ----
+
+
+def offline_file(name: str, weights_dir: str | Path, steps: int, seed: int) -> Path:
+    """A file a recipe, so that a run with a tiny budget poisons no other."""
+    return Path(weights_dir, f"{name}-v{TISSUE_VERSION}-{steps}-{seed}.pt")
 
 
 def train_offline_teacher(
     name: str, steps: int, seed: int, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """Supervised training on one label of synthetic tissue -> the ViT's state dict, on the CPU."""
-    spec, batch_size, lr = TEACHERS[name], 32, 1e-3
+    """Train a ViT on one of the two labels of drawn tissue -> its state dict, on the CPU."""
+    spec = TEACHERS[name]
+    classes = {"cells": len(CELLS), "tissue": len(TISSUES)}[spec.task]
+    batch_size = 32
+    peak_lr = 1e-3
     tiles = TissueTiles("teacher", seed).draw(min(6144, steps * batch_size))
-    images, labels = tiles["image"].to(device), tiles[spec.task].to(device)
+    images = tiles["image"].to(device)
+    labels = tiles[spec.task].to(device)
+    mean, std = spec.norm
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
-        torch.manual_seed(1000 * seed + ("cells", "tissue").index(spec.task))
+        torch.manual_seed(1000 * seed + OFFLINE.index(name))
         vit = VisionTransformer(**spec.arch).to(device).train()
-        head = nn.Linear(vit.width, len({"cells": CELLS, "tissue": TISSUES}[spec.task])).to(device)
-        optimizer = torch.optim.AdamW(
-            [*vit.parameters(), *head.parameters()], lr, (0.9, 0.99), weight_decay=0.05
-        )
+        head = nn.Linear(vit.width, classes).to(device)
+        parameters = [*vit.parameters(), *head.parameters()]
+        optimizer = torch.optim.AdamW(parameters, peak_lr, betas=(0.9, 0.99), weight_decay=0.05)
         for step in progress(range(steps), f"training offline teacher {name}", steps):
-            optimizer.param_groups[0]["lr"] = (
-                lr * min(1, (step + 1) / 30) * (1 + math.cos(math.pi * step / steps)) / 2
-            )
+            warmup = min(1, (step + 1) / 30)
+            cosine = (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.param_groups[0]["lr"] = peak_lr * warmup * cosine
             chosen = torch.randint(len(images), (batch_size,)).to(device)
-            batch = torch.rot90(images[chosen], int(torch.randint(4, ())), (2, 3))
-            batch = TF.normalize(
-                normalise(batch.flip(3) if torch.rand(()) < 0.5 else batch), *spec.norm
-            )
+            quarter_turns = int(torch.randint(4, ()))
+            batch = torch.rot90(images[chosen], quarter_turns, (2, 3))
+            if torch.rand(()) < 0.5:
+                batch = batch.flip(3)
+            batch = TF.normalize(to_float(batch), mean, std)
+            summary = vit(batch)[:, 0]  # (B, D_t)
+            loss = F.cross_entropy(head(summary), labels[chosen])
             optimizer.zero_grad()
-            F.cross_entropy(
-                head(vit(batch)[:, 0]), labels[chosen]
-            ).backward()  # of the summary (B, D_t)
-            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
     return {key: value.cpu() for key, value in vit.state_dict().items()}
 
 
-def whole(
-    smallest: int, largest: int, text: str
-) -> int:  # these are types for argparse, which names the flag
-    if not text.strip().isdecimal() or not smallest <= int(text) <= largest:
-        raise ArgumentTypeError(f"{text!r} is not a whole number from {smallest} to {largest}")
-    return int(text)
-
-
-def path(text: str, folder: bool = False) -> str:  # anything but "", and as a folder no file
-    if (
-        not text
-    ):  # an unset variable of the shell; without this check the default would be taken in silence
-        raise ArgumentTypeError("it is empty; give a value")
-    if folder and os.path.exists(text) and not os.path.isdir(text):
-        raise ArgumentTypeError(f"{text} is a file; give a folder")
-    return text
-
-
-OneLineParser = partial(
-    ArgumentParser, formatter_class=RawTextHelpFormatter, usage=SUPPRESS, allow_abbrev=False
-)
-natural, positive, plural = (partial(whole, smallest, 2**31 - 1) for smallest in range(3))
-few, batch, folder = partial(whole, 0, 1024), partial(whole, 1, 2**16), partial(path, folder=True)
-
-
-def name_list(text: str) -> list[str]:  # "uni, virchow" -> ["uni", "virchow"]
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def dim_list(text: str) -> list[int]:  # "96,24" -> [24, 96]
-    return sorted({positive(part) for part in text.split(",")})
-
-
-def run_main(
-    main,
-) -> None:  # what a user can put right ends a script with one line on stderr and exit code 2
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text
-    try:
-        code, text = main(), ""
-        if (
-            torch.distributed.is_initialized()
-        ):  # only here, when the DDP module is gone: freeing it later can hang
-            torch.distributed.destroy_process_group()
-    except (InputError, OSError) as error:
-        code, text = (
-            2,
-            f"{error}{'' if isinstance(error, InputError) else '; put it right, or choose another place'}",
-        )
-    except (MemoryError, RuntimeError) as error:
-        code, text = 1, "another process was lost, its own messages say why; go on with --resume"
-        if isinstance(
-            error, MemoryError | torch.OutOfMemoryError
-        ) or "can't allocate memory" in str(error):
-            code, text = (
-                2,
-                "out of memory; anew, lower --batch-size, raise --accumulate (same result) or fewer --dims",
-            )
-        elif not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
-            raise
-    except KeyboardInterrupt:
-        code, text = (
-            130,
-            "interrupted; a run that has saved goes on with --resume, all else with the same command",
-        )
-    if code:
-        OneLineParser().exit(
-            code, text and f"{os.path.basename(sys.argv[0])}: {text.replace(chr(10), ' ')}\n"
-        )
+# ---- the machine, and the command line ----
 
 
 def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.device, torch.dtype]:
-    """--device, or the best at hand (on CUDA the GPU of this process), and the compute dtype of --precision on it."""
-    name = name or (
-        "cuda"
-        if torch.cuda.is_available()
-        else "mps"
-        if torch.backends.mps.is_available()
-        else "cpu"
-    )
+    """The device that --device names, or the best at hand, and the dtype that models compute in.
+
+    InputError: this machine has no such device, or the device no such precision.
+    """
+    if name is None and torch.cuda.is_available():
+        name = "cuda"
+    elif name is None and torch.backends.mps.is_available():
+        name = "mps"
+    elif name is None:
+        name = "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # of this process; torchrun sets it
     try:
-        device = torch.device(
-            f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
-        )
-        torch.empty(0, device=device if device.type in ("cpu", "cuda", "mps") else "refused")
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        known = device.type in ("cpu", "cuda", "mps")
     except (RuntimeError, AssertionError):
-        raise InputError(
-            f"--device: {name} is not available on this machine; use cpu, cuda or mps"
-        ) from None
+        known = False
+    if not known:
+        raise InputError(f"--device: {name} is not available on this machine; use cpu, cuda or mps")
+    if precision == "auto" and device.type == "cuda":
+        # a T4 or V100 only emulates bf16, slowly
+        emulates = not torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "fp16" if emulates else "bf16"
     if precision == "fp16" and device.type != "cuda":
         raise InputError(f"--precision fp16 needs CUDA; use fp32 or bf16 on {device.type}")
-    if precision == "auto" and device.type == "cuda":  # T4 and V100 only emulate bf16, slowly
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return device, dtypes.get(precision, torch.float32)
 
 
-def main() -> None:  # the command line
-    add = (parser := OneLineParser("teachers.py", description=__doc__)).add_argument
-    add("name", nargs="?", metavar="NAME", help="a teacher to try; without it all are listed")
-    add("tile", nargs="?", metavar="TILE", help="an image to embed")
-    add(
-        "--weights-dir",
-        type=folder,
-        default="weights",
-        help="where weights are looked for (default: weights)",
+def list_teachers(weights_dir: str | Path) -> None:
+    print("tile: pixels at microns per pixel; access: to the repo on Hugging Face")
+    print("to try one: python teachers.py NAME TILE\n")
+    found = find_weights(list(TEACHERS), weights_dir, fetch=False)
+    for name, spec in TEACHERS.items():
+        with torch.device("meta"):
+            vit = VisionTransformer(**spec.arch)
+        mean = " ".join(f"{value:.3f}" for value in spec.norm[0])
+        std = " ".join(f"{value:.3f}" for value in spec.norm[1])
+        if spec.task:
+            where = "made on first use"
+        elif name in found:
+            where = found[name]
+        else:
+            where = f"not found: {spec.file} of {spec.repo}"
+        size = f"{millions(vit):9.3f} M  width {vit.width:4}  grid {vit.grid:2}"
+        print(f"{name:12}{size}  tile {spec.tile:14}  mean {mean}  std {std}  access {spec.gate}")
+        print(f"{'':14}{where}; licence {spec.licence}")
+
+
+def try_teacher(name: str, tile: str, weights_dir: str, device: str, precision: str) -> None:
+    check_names([name], "NAME")
+    device, dtype = choose_device(device, precision)
+    image = open_tile(tile) if tile else None
+    if image is None:
+        given = tile or "none"
+        raise InputError(f"TILE: {given} is no image that can be read; give a png, jpg or tif")
+    start = time.monotonic()
+    teacher = load_teacher(name, weights_dir, device, dtype)
+    loaded = time.monotonic()
+    pixels = TF.pil_to_tensor(image)[None].to(device)  # (1, 3, H, W)
+    z = teacher.embed(pixels).float().cpu()  # (1, embed_dim)
+    done = time.monotonic()
+    first = " ".join(f"{value:.4f}" for value in z[0, :5])
+    print(f"{name}, {dtype} on {device}: loaded in {loaded - start:.1f} s")
+    print(f"licence {teacher.licence}")
+    size = f"{image.width} x {image.height} px"
+    print(f"{tile}: {size}, shorter side to {teacher.card_size} px, then the centre")
+    print(f"embedding {tuple(z.shape)}, L2 norm {z.norm():.3f}, in {done - loaded:.2f} s")
+    print(f"it begins {first}")
+
+
+def main() -> None:
+    parser = OneLineParser("teachers.py", description=__doc__)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="to try; without it all are listed")
+    parser.add_argument("tile", nargs="?", metavar="TILE", help="an image to embed")
+    parser.add_argument(
+        "--weights-dir", type=folder, default="weights", help="where weights are looked for"
     )
-    add("--device", type=path, help="cuda, mps or cpu (default: the best at hand)")
-    add(
-        "--precision",
-        choices=["auto", "fp32", "bf16", "fp16"],
-        default="auto",
-        help="(default: auto)",
-    )
+    parser.add_argument("--device", type=path, help="cuda, mps or cpu (default: the best at hand)")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     args = parser.parse_args()
     if args.name is None:
-        print(
-            "tile: pixels at microns per pixel; access: to the repo on Hugging Face; to try one: NAME TILE\n"
-        )
-        found = find_weights(TEACHERS, args.weights_dir, fetch=False)
-        for name, spec in TEACHERS.items():
-            with torch.device("meta"):
-                vit = VisionTransformer(**spec.arch)
-            mean, std = (" ".join(f"{value:.3f}" for value in values) for values in spec.norm)
-            where = (
-                "made on first use"
-                if spec.task
-                else found.get(name, f"not found: {spec.file} of {spec.repo}")
-            )
-            line = f"{name:12}{millions(vit):9.3f} M  width {vit.width:4}  grid {vit.grid:2}  tile {spec.tile:14}"
-            print(
-                f"{line}  mean {mean}  std {std}  access {spec.gate}\n{'':14}{where}; licence {spec.licence}"
-            )
-        return
-    check_names([args.name], "NAME")
-    device, dtype = choose_device(args.device, args.precision)
-    if not args.tile or (image := open_tile(args.tile)) is None:
-        raise InputError(
-            f"TILE: {args.tile or 'none'} is no image that can be read; give a png, jpg, tif, bmp or webp"
-        )
-    start, teacher, ready = (
-        time.monotonic(),
-        load_teacher(args.name, args.weights_dir, device, dtype),
-        time.monotonic(),
-    )
-    z = teacher.embed(TF.pil_to_tensor(image)[None].to(device)).float().cpu()  # (1, embed_dim)
-    seconds, first = time.monotonic() - ready, " ".join(f"{value:.4f}" for value in z[0, :5])
-    print(
-        f"{teacher.name}, {dtype} on {device}: loaded in {ready - start:.1f} s; licence {teacher.licence}"
-    )
-    print(
-        f"{args.tile}: {image.width} x {image.height} px, shorter side to {teacher.card_size} px, then the centre"
-    )
-    print(f"embedding {tuple(z.shape)}, L2 norm {z.norm():.3f}, in {seconds:.2f} s, begins {first}")
+        list_teachers(args.weights_dir)
+    else:
+        try_teacher(args.name, args.tile, args.weights_dir, args.device, args.precision)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_program(main)

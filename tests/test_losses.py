@@ -7,9 +7,8 @@ import pytest
 import torch
 from conftest import randomise
 
-from data import InputError
-from losses import Standardizer, Standardizers, distillation_loss, hadamard, nested_loss
-from student import Student, truncate
+from losses import Standardizer, Standardizers, hadamard, nested_loss, token_loss
+from student import Adaptors, InputError
 
 TEACHERS = {"a": 24, "b": 40}
 DIMS = [2, 8, 48]
@@ -24,8 +23,8 @@ def random_tokens(B, N, D, seed):
 
 
 @pytest.fixture
-def student():
-    return randomise(Student("toy", TEACHERS, DIMS))
+def adaptors():
+    return randomise(Adaptors(48, TEACHERS, DIMS))
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def targets():
     return {t: random_tokens(3, 5, D, seed) for seed, (t, D) in enumerate(TEACHERS.items(), 1)}
 
 
-def plain_loss(student, tokens, targets):
+def plain_loss(adaptors, tokens, targets):
     """Teachers, dims, tokens: one number at a time, straight from DESIGN's equation."""
 
     def cosine(a, b):
@@ -56,7 +55,7 @@ def plain_loss(student, tokens, targets):
     total = 0.0
     for m in (2, 8, 48):
         for t in targets:
-            heads = student.adaptors[t][str(m)]
+            heads = adaptors.heads[t][str(m)]
             summary = heads["summary"](tokens["summary"][:, :m])
             patches = heads["patches"](tokens["patches"][:, :, :m]).flatten(0, 1)
             y = targets[t]["patches"].flatten(0, 1)
@@ -65,60 +64,74 @@ def plain_loss(student, tokens, targets):
     return total
 
 
-def test_nested_loss_equals_the_plain_loop_in_value_and_gradient(student, targets):
-    grads = []
-    for loss_of in (
-        lambda z: nested_loss(student, z, targets)[0],
-        lambda z: plain_loss(student, z, targets),
-    ):
+def test_nested_loss_equals_the_plain_loop_in_value_and_gradient(adaptors, targets):
+    def ours(z):
+        return nested_loss(adaptors(z), targets)[0]
+
+    def plain(z):
+        return plain_loss(adaptors, z, targets)
+
+    results = []
+    for loss_of in (ours, plain):
         z = {kind: value.requires_grad_() for kind, value in random_tokens(3, 5, 48, 7).items()}
-        student.zero_grad()
+        adaptors.zero_grad()
         loss = loss_of(z)
         loss.backward()
-        grads.append(
-            [
-                loss.detach(),
-                z["summary"].grad,
-                z["patches"].grad,
-                *(p.grad for p in student.adaptors.parameters()),
-            ]
-        )
-    assert all(g is not None and g.abs().sum() > 0 for g in grads[0])
-    for ours, plain in zip(*grads):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+        heads = [p.grad for p in adaptors.parameters()]
+        results.append([loss.detach(), z["summary"].grad, z["patches"].grad, *heads])
+    assert all(g is not None and g.abs().sum() > 0 for g in results[0])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("m", DIMS)
-def test_channels_from_m_on_get_no_gradient_from_dim_m(student, targets, m):
+def test_channels_from_m_on_get_no_gradient_from_dim_m(adaptors, targets, m):
     z = {kind: value.requires_grad_() for kind, value in random_tokens(3, 5, 48, 7).items()}
-    distillation_loss(student.adapt(z, m), targets)[0].backward()
+    at_m = {m: adaptors(z)[m]}
+    nested_loss(at_m, targets)[0].backward()
     for value in z.values():
         assert value.grad[..., :m].abs().min() > 0
         assert m == 48 or value.grad[..., m:].abs().max() == 0
 
 
-def test_truncate_is_the_prefix_of_every_token():
-    z = random_tokens(2, 3, 48, 0)
-    assert torch.equal(truncate(z, 8)["summary"], z["summary"][:, :8])
-    assert torch.equal(truncate(z, 8)["patches"], z["patches"][:, :, :8])
-
-
-def test_parts_are_detached_means_and_a_perfect_prediction_costs_nothing(targets):
-    loss, parts = distillation_loss(targets, targets)
-    assert abs(float(loss)) < 1e-5
+def test_terms_are_named_by_teacher_and_dim_and_carry_no_gradient(adaptors, targets):
+    z = {kind: value.requires_grad_() for kind, value in random_tokens(3, 5, 48, 7).items()}
+    predictions = adaptors(z)
+    loss, terms = nested_loss(predictions, targets)
+    expected = set()
     for t in TEACHERS:
-        assert float(parts[t]["summary_cos"]) == pytest.approx(1, abs=1e-5)
-        assert float(parts[t]["patch_l1"]) == 0
-        assert not any(value.requires_grad for value in parts[t].values())
+        for m in DIMS:
+            for name in ("summary_cos", "patch_cos", "patch_l1"):
+                expected.add(f"{t}/{name}@{m}")
+    assert set(terms) == expected
+    assert loss.requires_grad and not any(value.requires_grad for value in terms.values())
+    h, y = predictions[8]["b"]["patches"], targets["b"]["patches"]
+    cosines = torch.nn.functional.cosine_similarity(h, y, dim=-1)
+    torch.testing.assert_close(terms["b/patch_cos@8"], cosines.mean().detach())
+    total = 0.0
+    for t in TEACHERS:
+        for m in DIMS:
+            total += 1 - terms[f"{t}/summary_cos@{m}"] + 0.9 * (1 - terms[f"{t}/patch_cos@{m}"])
+            total += 0.1 * terms[f"{t}/patch_l1@{m}"]
+    torch.testing.assert_close(loss.detach(), total)
 
 
-def test_the_loss_is_float32_under_autocast(student, targets):
+def test_a_perfect_prediction_costs_nothing(targets):
+    loss, parts = token_loss(targets["a"], targets["a"])
+    assert abs(float(loss)) < 1e-5
+    assert float(parts["summary_cos"]) == pytest.approx(1, abs=1e-5)
+    assert float(parts["patch_l1"]) == 0
+
+
+def test_the_loss_is_float32_whatever_the_predictions_are(adaptors, targets):
     z = random_tokens(3, 5, 48, 7)
     with torch.autocast("cpu", torch.bfloat16):
-        adapted = student.adapt(z, 48)
-        assert adapted["a"]["summary"].dtype == torch.bfloat16  # else this test shows nothing
-        loss, parts = nested_loss(student, z, targets)
-    assert loss.dtype == torch.float32 and parts[48]["a"]["patch_cos"].dtype == torch.float32
+        predictions = adaptors(z)
+        inside, _ = nested_loss(predictions, targets)
+    assert predictions[48]["a"]["summary"].dtype == torch.bfloat16  # else this test shows nothing
+    loss, terms = nested_loss(predictions, targets)
+    assert loss.dtype == torch.float32 and inside.dtype == torch.float32
+    assert {value.dtype for value in terms.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("n", [1, 2, 12, 20, 48, 128, 384, 768, 1024, 1280, 1536])

@@ -16,8 +16,9 @@ import torch
 from cards import bare
 from conftest import oracle, randomise
 
-from student import STUDENTS, InputError, Student, VisionTransformer, load_published, load_student
-from teachers import TEACHERS
+from evaluate import load_student
+from student import STUDENTS, Adaptors, InputError, Student, VisionTransformer, truncate
+from teachers import TEACHERS, load_published
 
 ARCHS = {**STUDENTS, "uni": TEACHERS["uni"].arch, "virchow": TEACHERS["virchow"].arch}
 PARAMETERS = {"uni": 303_350_784, "virchow": 631_229_184, "vit_s": 21_629_952, "vit_b": 85_727_232}
@@ -110,28 +111,81 @@ def test_patch_i_is_the_i_th_piece_of_the_image_row_by_row():
 
 
 def test_student_shapes_uint8_equals_float_and_other_sizes_are_refused():
-    student = Student("toy", {"a": 24}, [4])
+    student = Student("toy")
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     tokens = student(images)
-    assert tokens["summary"].shape == (2, 48) and tokens["patches"].shape == (2, 64, 48)
+    assert tokens["summary"].shape == (2, 48)
+    assert tokens["patches"].shape == (2, 64, 48)
+    assert (student.img_size, student.grid, student.width) == (64, 8, 48)
     torch.testing.assert_close(tokens["summary"], student(images / 255)["summary"])
-    adapted = student.adapt(tokens, 4)
-    assert adapted["a"]["summary"].shape == (2, 24) and adapted["a"]["patches"].shape == (2, 64, 24)
     with pytest.raises(ValueError, match=r"\(32, 32\)"):
         student(torch.zeros(1, 3, 32, 32))
 
 
+def test_a_student_is_its_backbone_and_takes_arguments_instead_of_a_name():
+    student = Student({**STUDENTS["toy"], "depth": 1})
+    assert {key.split(".")[0] for key in student.state_dict()} == {"backbone"}
+    assert student(torch.zeros(1, 3, 64, 64))["summary"][:, :16].shape == (1, 16)
+
+
+def test_adaptors_predict_every_teacher_at_every_dim_from_the_prefix_alone():
+    adaptors = randomise(Adaptors(48, {"a": 24, "b": 32}, [4, 16]))
+    assert adaptors.nested_dims == [4, 16, 48]
+    tokens = {"summary": torch.randn(2, 48), "patches": torch.randn(2, 9, 48)}
+    predictions = adaptors(tokens)
+    assert list(predictions) == [4, 16, 48]
+    for m in predictions:
+        assert list(predictions[m]) == ["a", "b"]
+        for t, D_t in (("a", 24), ("b", 32)):
+            assert predictions[m][t]["summary"].shape == (2, D_t)
+            assert predictions[m][t]["patches"].shape == (2, 9, D_t)
+    changed = {kind: z.clone() for kind, z in tokens.items()}
+    for z in changed.values():
+        z[..., 4:] = torch.randn_like(z[..., 4:])
+    again = adaptors(changed)
+    for t in ("a", "b"):
+        for kind in tokens:
+            assert torch.equal(predictions[4][t][kind], again[4][t][kind])
+            assert not torch.allclose(predictions[16][t][kind], again[16][t][kind])
+
+
 def test_the_full_dim_belongs_to_nested_dims_and_wider_ones_do_not_fit():
-    assert Student("toy", {}, [8, 2]).nested_dims == [2, 8, 48]
-    with pytest.raises(ValueError, match="width of toy; give dims from 1 to 48"):
-        Student("toy", {}, [96])
+    assert Adaptors(48, {}, [8, 2]).nested_dims == [2, 8, 48]
+    for dims in ([96], [0, 4], [-1]):
+        with pytest.raises(InputError, match="--dims: .* give 1 to 48"):
+            Adaptors(48, {}, dims)
+
+
+def test_truncate_is_the_prefix_of_every_token():
+    z = {"summary": torch.randn(2, 48), "patches": torch.randn(2, 3, 48)}
+    cut = truncate(z, 8)
+    assert torch.equal(cut["summary"], z["summary"][:, :8])
+    assert torch.equal(cut["patches"], z["patches"][:, :, :8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_an_exported_student_takes_any_batch(dtype):
+    """0.1.0 took len(x) in the ViT's forward, which fixes the batch of an export."""
+    student = randomise(Student({**STUDENTS["toy"], "depth": 2}))
+    example = torch.randint(0, 256, (3, 3, 64, 64)).to(dtype)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(student, (example,), dynamic_shapes={"images": {0: batch}})
+    exported = program.module()
+    for B in (1, 5, 17):
+        images = torch.randint(0, 256, (B, 3, 64, 64)).to(dtype)
+        if dtype == torch.float32:
+            images = images / 255
+        expected = student(images)
+        got = exported(images)
+        for kind in expected:
+            torch.testing.assert_close(got[kind], expected[kind])
 
 
 # ---- files that others made: refused in one line that names them, and no code of theirs runs -----------------------
 @pytest.fixture
 def toy(tmp_path):
     """A whole student.pt as train.py writes it -> (its path, a fresh copy of its content)."""
-    vit = randomise(Student("toy", {}, []).backbone)
+    vit = randomise(Student("toy").backbone)
     config = {
         "student": "toy",
         "arch": STUDENTS["toy"],
@@ -411,7 +465,7 @@ CONTENTS = {
     },
     "another student": lambda content: {
         **content,
-        "state_dict": Student("toy", {"a": 8}, []).state_dict(),
+        "state_dict": Student("toy").state_dict(),
     },
 }
 

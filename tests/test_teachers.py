@@ -1,5 +1,6 @@
 """Teachers: every published layout into the one ViT, the card's embedding, wrong weight files, offline teachers."""
 
+import argparse
 import dataclasses
 import os
 import pickle
@@ -16,14 +17,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_teachers import load
-from conftest import ROOT, oracle, write_tiles
+from conftest import ROOT, oracle, randomise, write_tiles
 from PIL import Image
 from torchvision import transforms
 
 import teachers
-from data import InputError
-from student import VisionTransformer, load_published, read_weights, timm_state
-from teachers import OFFLINE, TEACHERS, Teacher, find_weights, load_teacher
+from data import run_program
+from student import STUDENTS, InputError, VisionTransformer
+from teachers import (
+    OFFLINE,
+    TEACHERS,
+    Teacher,
+    find_weights,
+    load_published,
+    load_teacher,
+    read_weights,
+    timm_state,
+)
 
 PUBLISHED = [name for name in TEACHERS if name not in OFFLINE]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -415,76 +425,6 @@ def test_loading_takes_little_more_than_the_model(tmp_path, name, layout, suffix
 # ---- what users get wrong -----------------------------------------------------------------------------------------
 
 
-# ---- open_cache: the files of train.py --cache ---------------------------------------------------------------------
-ROW, RECORD = (
-    np.dtype([("done", "u2"), ("a", "f2", (3, 4)), ("b", "f2", (3, 6))]),
-    {"teachers": ["a", "b"]},
-)
-
-
-def test_a_cache_keeps_what_was_written(tmp_path, capsys):
-    outputs = teachers.open_cache(tmp_path / "x" / "y", RECORD, ROW, 5)
-    assert outputs.dtype == ROW and outputs.shape == (5,) and not outputs["done"].any()
-    assert capsys.readouterr().out.startswith(
-        "--cache: the teachers' outputs on 5 tiles take 3.1e-07 GB; "
-    )
-    assert {path.name for path in (tmp_path / "x" / "y").iterdir()} == {
-        "made_from.pt",
-        "outputs",
-        "outputs.lock",
-    }
-    outputs["b"][1], outputs["done"][1] = 1.5, 1
-    again = teachers.open_cache(tmp_path / "x" / "y", RECORD, ROW, 5)
-    assert (
-        capsys.readouterr().out == ""
-        and again["done"].tolist() == [0, 1, 0, 0, 0]
-        and (again["b"][1] == 1.5).all()
-    )
-
-
-def test_a_foreign_file_in_the_place_of_the_outputs_is_not_overwritten(tmp_path):
-    (tmp_path / "outputs").write_bytes(b"mine")
-    with pytest.raises(InputError, match=f"^{tmp_path}/made_from.pt is damaged"):
-        teachers.open_cache(tmp_path, RECORD, ROW, 5)
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
-    (tmp_path / "outputs").unlink()  # moved away, as the message says
-    teachers.open_cache(tmp_path, RECORD, ROW, 5)
-
-
-def test_outputs_that_are_cut_off_are_refused_and_missing_ones_made_again(tmp_path):
-    teachers.open_cache(tmp_path, RECORD, ROW, 5)
-    os.truncate(tmp_path / "outputs", 3)
-    with pytest.raises(
-        InputError,
-        match=f"^--cache: {tmp_path} was made with bytes 3, now 310; give another folder$",
-    ):
-        teachers.open_cache(tmp_path, RECORD, ROW, 5)
-    (tmp_path / "outputs").unlink()
-    assert not teachers.open_cache(tmp_path, RECORD, ROW, 5)["done"].any()
-
-
-@pytest.mark.parametrize("content", ["", '{"teachers": ["a"', "[]", "null", "b"])
-def test_a_damaged_or_foreign_record_of_a_cache_is_refused_in_one_line(tmp_path, content):
-    teachers.open_cache(tmp_path, RECORD, ROW, 5)
-    (tmp_path / "made_from.pt").write_text(content)
-    with pytest.raises(InputError, match=f"^{tmp_path}/made_from.pt is (damaged|refused).*$"):
-        teachers.open_cache(tmp_path, RECORD, ROW, 5)
-
-
-def test_the_space_for_a_cache_is_asked_where_it_will_lie(tmp_path, monkeypatch):
-    asked = []
-
-    def disk_usage(path):
-        asked.append(Path(path))
-        return shutil._ntuple_diskusage(1000, 700, 300)  # 310 bytes are needed
-
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    message = f"^--cache: {tmp_path}/x/y lacks 1e-08 GB; take fewer tiles or another disk$"
-    with pytest.raises(InputError, match=message):
-        teachers.open_cache(tmp_path / "x" / "y", RECORD, ROW, 5)
-    assert asked == [tmp_path] and not list(tmp_path.iterdir())
-
-
 def test_unknown_names():
     with pytest.raises(InputError, match="'unii'; choose from uni, uni2_h, virchow"):
         load_teacher("unii")
@@ -634,6 +574,162 @@ def test_strange_files_are_refused_in_one_line(shallow, tmp_path, kind):
     assert "\n" not in str(error.value)
 
 
+# ---- files that 0.1.0 refused, or took in silence for something else ------------------------------------------------
+
+
+def toy_vit() -> VisionTransformer:
+    torch.manual_seed(3)
+    return randomise(VisionTransformer(**STUDENTS["toy"]))
+
+
+def load_toy(path) -> dict:
+    vit = VisionTransformer(**STUDENTS["toy"])
+    load_published(vit, path, str(path))
+    return vit.state_dict()
+
+
+def assert_loads(path, state):
+    got = load_toy(path)
+    assert got.keys() == state.keys()
+    assert all(torch.equal(got[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize(("ema", "raw"), [("state_dict_ema", "state_dict"), ("model_ema", "model")])
+@pytest.mark.parametrize("first", ["raw", "ema"])
+def test_averaged_weights_are_taken_before_the_raw_ones_as_in_timm(
+    tmp_path, capsys, ema, raw, first
+):
+    timm = oracle("timm")
+    averaged = toy_vit().state_dict()
+    other = {key: value + 1 for key, value in averaged.items()}
+    content = {raw: other, ema: averaged, "epoch": 3}
+    if first == "ema":
+        content = dict(reversed(content.items()))
+    torch.save(content, tmp_path / "x.pth")
+    assert_loads(tmp_path / "x.pth", averaged)
+    assert f"its averaged weights ({ema}) are taken" in capsys.readouterr().out
+    of_timm = timm.models._helpers.load_state_dict(str(tmp_path / "x.pth"))
+    assert all(torch.equal(of_timm[key], averaged[key]) for key in averaged)
+    torch.save({raw: other}, tmp_path / "x.pth")
+    assert_loads(tmp_path / "x.pth", other)
+    assert "averaged" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "teacher.backbone.", "module._orig_mod.", "encoder."]
+)
+def test_prefixes_that_training_code_leaves(tmp_path, prefix):
+    state = toy_vit().state_dict()
+    content = {prefix + key: value for key, value in state.items()}
+    if prefix.startswith("teacher"):
+        content["teacher.dino_head.last_layer.weight"] = torch.zeros(3)
+    torch.save({"state_dict": content}, tmp_path / "x.pth")
+    assert_loads(tmp_path / "x.pth", state)
+
+
+def test_a_refusal_shows_what_is_left_over_beside_what_is_missing(tmp_path):
+    """0.1.0 named the first three differences: with three tensors missing, no key of the file was shown."""
+    state = {"student." + key: value for key, value in toy_vit().state_dict().items()}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(InputError) as error:
+        load_toy(tmp_path / "x.pth")
+    message = str(error.value)
+    assert "cls_token is missing, expected (1, 1, 48)" in message
+    assert "student.cls_token is (1, 1, 48), expected none" in message
+    assert "\n" not in message
+
+
+def test_an_honest_checkpoint_with_other_python_objects_is_told_what_to_do(tmp_path):
+    state = toy_vit().state_dict()
+    others = {
+        "argparse.Namespace": argparse.Namespace(lr=0.1),
+        "multiarray.scalar": np.float64(0.5),
+    }
+    for name, value in others.items():
+        torch.save({"model": state, "extra": value}, tmp_path / "x.pth")
+        with pytest.raises(InputError) as error:
+            load_toy(tmp_path / "x.pth")
+        message = str(error.value)
+        assert "x.pth is refused" in message and "\n" not in message
+        assert name in message and "save its tensors alone" in message
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such names")
+def test_weights_in_a_folder_whose_name_is_not_utf8(tmp_path):
+    write = oracle("safetensors.torch").save_file
+    state = toy_vit().state_dict()
+    folder = os.path.join(os.fsencode(tmp_path), b"gr\xf6\xdfe")
+    os.mkdir(folder)
+    torch.save(state, tmp_path / "zip.pth")
+    torch.save(state, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    write(state, tmp_path / "x.safetensors")
+    for name in ("zip.pth", "legacy.pth", "x.safetensors"):
+        os.rename(tmp_path / name, os.path.join(folder, os.fsencode(name)))
+        assert_loads(Path(os.fsdecode(folder), name), state)
+
+
+NO_MMAP = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+static int refused(int fd, int prot) {
+    char link[64], path[4096] = {0};
+    if (fd < 0 || (prot & PROT_EXEC)) return 0;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    if (readlink(link, path, sizeof path - 1) < 0) return 0;
+    return strstr(path, "/without-mmap/") != NULL;
+}
+#define REPLACE(name) \
+void *name(void *a, size_t n, int prot, int flags, int fd, off_t offset) { \
+    if (refused(fd, prot)) { errno = ENODEV; return MAP_FAILED; } \
+    void *(*next)(void *, size_t, int, int, int, off_t) = dlsym(RTLD_NEXT, #name); \
+    return next(a, n, prot, flags, fd, offset); \
+}
+REPLACE(mmap)
+REPLACE(mmap64)
+"""
+READ = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from teachers import read_weights
+for path in sys.argv[2:]:
+    total = sum(float(value.double().sum()) for value in read_weights(path).values())
+    print(total)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="the disk without mmap is made with gcc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="LD_PRELOAD")
+def test_weights_on_a_disk_that_refuses_mmap(tmp_path):
+    """As network and FUSE disks do: mmap answers ENODEV for every file below one folder."""
+    write = oracle("safetensors.torch").save_file
+    (tmp_path / "shim.c").write_text(NO_MMAP)
+    shim = tmp_path / "shim.so"
+    build = ["gcc", "-shared", "-fPIC", "-o", shim, tmp_path / "shim.c", "-ldl"]
+    subprocess.run([str(word) for word in build], check=True)
+    folder = tmp_path / "without-mmap"
+    folder.mkdir()
+    state = toy_vit().state_dict()
+    torch.save(state, folder / "x.pth")
+    write(state, folder / "x.safetensors")
+    paths = [str(folder / "x.pth"), str(folder / "x.safetensors")]
+    environment = {**os.environ, "LD_PRELOAD": str(shim)}
+    with_shim = [sys.executable, "-c", READ, str(ROOT), *paths]
+    result = subprocess.run(with_shim, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    expected = sum(float(value.double().sum()) for value in state.values())
+    assert [float(line) for line in result.stdout.split()] == pytest.approx([expected, expected])
+    control = "import sys, torch; torch.load(sys.argv[1], mmap=True)"  # the shim does refuse
+    refused = [sys.executable, "-c", control, paths[0]]
+    result = subprocess.run(refused, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "unable to mmap" in result.stderr
+
+
 def test_safetensors_missing_names_the_pip_command(tmp_path, monkeypatch):
     (tmp_path / "uni.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
@@ -710,6 +806,6 @@ def test_trying_a_teacher_on_a_tile(tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.setattr(sys, "argv", ["teachers.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            teachers.run_main(teachers.main)
+            run_program(teachers.main)
         lines = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and len(lines) == 1 and message in lines[0], (arguments, lines)
