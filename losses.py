@@ -2,7 +2,8 @@
 
     z         tokens of the student: one summary (CLS) and N patches, of width D
     z[:m]     their first m channels
-    h_{t,m}   the adaptor head of teacher t at dim m: predicts teacher t's tokens from z[:m]
+    h_{t,m}   the adaptors of teacher t at dim m, a head for the summary and one for the patches:
+              they predict teacher t's tokens from z[:m]
     y_t       teacher t's tokens, standardised: statistics are measured once, then frozen
 
     L_{t,m} =       1 - cos(h_{t,m}(z_summary[:m]), y_summary)         cos: cosine similarity
@@ -12,7 +13,8 @@
     L       = sum over nested dims m and teachers t of w_m L_{t,m}     w_m = 1
 
 `Standardizers` makes y_t, student.Adaptors makes h_{t,m}, `token_loss` is L_{t,m}, `nested_loss` is
-L, which train.py minimises. Everything here is float32, whatever the models compute in.
+L, which train.py minimises. Targets and loss are float32, whatever the models compute in;
+statistics are summed in float64.
 
 Sources: RADIO (arXiv 2312.06709) for the token losses, PHI-S (2410.01680) for the targets,
 Matryoshka (2205.13147) for the sum.
@@ -41,7 +43,7 @@ def hadamard(n: int) -> Tensor:
         return paley(n - 1)
     if n % 2 == 1:
         raise InputError(
-            "no Hadamard matrix of this teacher's width (only 2^k, 12 * 2^k, 20 * 2^k); "
+            "--standardize phi-s: a teacher's width must be 2^k, 12 * 2^k or 20 * 2^k; "
             "use --standardize channel"
         )
     H = hadamard(n // 2)
@@ -51,27 +53,32 @@ def hadamard(n: int) -> Tensor:
 
 
 def paley(q: int) -> Tensor:
-    """Paley's Hadamard matrix (q + 1, q + 1), for a prime q with q % 4 == 3."""
-    chi = -torch.ones(q, dtype=torch.float64)  # chi[i]: +1 where i is a square modulo q, else -1
+    """Paley's Hadamard matrix (q + 1, q + 1), for the primes q = 11 and 19.
+
+    Any two rows of the inner block overlap by the same amount, which the border of ones cancels.
+    """
+    chi = -torch.ones(q, dtype=torch.float64)  # -1, but +1 at the squares modulo q other than 0
     for i in range(1, q):
         chi[i * i % q] = 1
-    H = torch.ones(q + 1, q + 1, dtype=torch.float64)
+    H = torch.ones(q + 1, q + 1, dtype=torch.float64)  # a border of ones
     for i in range(q):
-        H[i + 1, 1:] = chi.roll(i)  # row i, column j: chi[j - i]
+        H[i + 1, 1:] = chi.roll(i)  # and inside it, row i, column j: chi[j - i]
     return H
 
 
 class Standardizer(nn.Module):
     """One teacher's summary, or its patches: y (..., D) -> R (y - mean) / scale (..., D), float32.
 
-    "phi-s":    R = H U^T and scale = sqrt(mean(l)), where C = U diag(l) U^T is the covariance of y
-                and H a normalised Hadamard matrix. Every channel then has variance exactly 1 after
-                ONE division, so that no nearly dead channel or direction is blown up.
+    "phi-s":    The covariance of y is C = U diag(lambda) U^T, with eigenvalues lambda. R = H U^T:
+                U^T decorrelates the channels, and a normalised Hadamard matrix H, whose entries
+                all have the same size, spreads their variances evenly. Every channel then has the
+                variance mean(lambda), and ONE division by scale = sqrt(mean(lambda)) makes it 1:
+                no nearly dead channel or direction is blown up.
     "channel":  R = I, scale = the standard deviation of each channel.
     "none":     y as it is.
 
     mean (D,), rotation R (D, D) and scale (D,) are buffers: `set` fills them, nothing trains them.
-    InputError: "phi-s" for a width that has no Hadamard matrix.
+    InputError: "phi-s" for a width that has no Hadamard matrix. ValueError: another mode.
     """
 
     def __init__(self, dim: int, mode: str = "phi-s"):
@@ -82,28 +89,35 @@ class Standardizer(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
         if mode == "phi-s":
             hadamard(dim)  # refuses an impossible width now, before anything slow starts
+        elif mode not in ("channel", "none"):
+            raise ValueError(f"no way to standardise is called {mode!r}")
 
     def set(self, mean: Tensor, covariance: Tensor, name: str = "teacher") -> None:
-        """Fill the buffers from mean (D,) and covariance (D, D), in float64.
+        """Fill the buffers; mean (D,) and covariance (D, D) come in float64.
 
         InputError: the teacher's outputs do not vary, or are not finite.
         """
         variances = covariance.diagonal()
-        total = variances.mean()  # = mean(l): the trace is the sum of the eigenvalues
-        if not torch.isfinite(covariance).all() or total <= 0:
-            raise InputError(f"{name}: its outputs are constant or not finite: check its weights")
+        mean_variance = variances.mean()  # = mean(lambda): trace(C) is the sum of the eigenvalues
+        if not torch.isfinite(covariance).all() or mean_variance <= 0:
+            raise InputError(
+                f"{name}: its outputs are constant or not finite; "
+                "check its weights, or raise --stats-tiles"
+            )
         if self.mode == "none":
             return
         self.mean.copy_(mean)
         if self.mode == "channel":
-            floor = 1e-6 * total.sqrt()  # a dead channel is not blown up
-            self.scale.copy_(variances.sqrt().clamp(min=floor))
+            least = (
+                1e-12 * mean_variance
+            )  # a dead channel, perhaps below 0 by rounding, is left dead
+            self.scale.copy_(variances.clamp(min=least).sqrt())
             return
         D = len(mean)
         H = hadamard(D).to(mean.device) / D**0.5
         U = torch.linalg.eigh(covariance).eigenvectors
         self.rotation.copy_(H @ U.T)
-        self.scale.fill_(total.sqrt().item())
+        self.scale.fill_(mean_variance.sqrt().item())
 
     def forward(self, y: Tensor) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
@@ -131,8 +145,10 @@ class Standardizers(nn.ModuleDict):
             for t, tokens in outputs.items():
                 for kind, y in tokens.items():
                     moments.setdefault((t, kind), Moments()).add(y)
-        for (t, kind), seen in moments.items():
-            self[t][kind].set(seen.mean(), seen.covariance(), name=f"teacher {t}, {kind}")
+        for t in self:
+            for kind in self[t]:
+                seen = moments[t, kind]
+                self[t][kind].set(seen.mean(), seen.covariance(), name=f"teacher {t}, {kind}")
 
     def forward(self, outputs: dict[str, Tokens]) -> dict[str, Tokens]:
         """Raw outputs {teacher: tokens} -> targets y_t of the same shapes, in float32."""
@@ -147,8 +163,8 @@ class Moments:
 
     def __init__(self):
         self.count = 0
-        self.first = 0.0
-        self.second = 0.0
+        self.first = 0.0  # sum of y, (D,)
+        self.second = 0.0  # sum of y y^T, (D, D)
 
     def add(self, y: Tensor) -> None:
         y = y.flatten(0, -2)  # (B, D) or (B * N, D)
@@ -173,8 +189,9 @@ class Moments:
 def token_loss(h: Tokens, y: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
     """L_{t,m}: how far the predictions h of one teacher at one dim are from its targets y.
 
-    h and y: {"summary": (B, D_t), "patches": (B, N, D_t)}, y in float32.
-    -> (0-dim loss, parts {name: 0-dim tensor} for the log)
+    h and y: {"summary": (B, D_t), "patches": (B, N, D_t)}; h in any floating dtype, y in float32.
+    -> (0-dim loss, parts {name: 0-dim tensor} for the log). The names of parts are free: train.py
+    logs them all, and shows those that end in "_cos".
     """
     summary_cos = F.cosine_similarity(h["summary"].float(), y["summary"], dim=-1).mean()
     patch_cos = F.cosine_similarity(h["patches"].float(), y["patches"], dim=-1).mean()
@@ -195,7 +212,7 @@ def nested_loss(
     loss = 0.0
     terms = {}
     for m in predictions:
-        w_m = 1.0  # every prefix counts alike
+        w_m = 1.0  # the weight of dim m
         for t, y in targets.items():
             h = predictions[m][t]
             loss_tm, parts = token_loss(h, y)

@@ -4,6 +4,8 @@
     z[:m]     = truncate(z, m)        the first m channels of every token
     h_{t,m}   = Adaptors(z)[m][t]     teacher t's tokens, predicted from z[:m], m of nested_dims
 
+Letters in shapes: B tiles, T tokens a tile, N of them patches, D channels, D_t those of a teacher.
+
 In this order: a block of the transformer, the transformer, the student around it, the cut, the
 heads. The same transformer serves students and teachers; its parameters have timm's names, so that
 weights move freely between the two. In training, student and adaptors are two modules in a row;
@@ -42,7 +44,10 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std: of the s
 
 
 class InputError(ValueError):
-    """Something the user can put right: one line that names the file or flag, and the remedy."""
+    """Something the user can put right: one line that names the file or flag, and the remedy.
+
+    It stands here because all other files import this one.
+    """
 
 
 # ---- the transformer ----
@@ -90,7 +95,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        # 0.1 is our choice: from DINOv2's 1e-5 a short distillation would hardly get away
+        # 0.1 is our choice: from DINOv2's 1e-5 a short distillation would barely move it
         self.gamma = nn.Parameter(torch.full((width,), 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,8 +127,8 @@ class VisionTransformer(nn.Module):
 
     img_size: S, in pixels; another size raises ValueError
     patch_size: pixels a side, so N = (S / patch_size)^2
-    width: D
-    mlp_width: rows of fc1, so with swiglu twice what fc2 takes
+    width: D; depth: number of blocks; heads: of the attention
+    mlp_width: rows of fc1; with swiglu (another kind of MLP), twice what fc2 takes
     layer_scale: whether the blocks have one
     registers: extra tokens that belong to no patch
     pos_on_prefix: pos_embed has rows for CLS and registers too (UNI, Virchow2), or for the patches
@@ -147,11 +152,11 @@ class VisionTransformer(nn.Module):
         self.img_size = img_size
         self.grid = img_size // patch_size  # patches a side
         self.width = width
-        self.prefix = 1 + registers  # tokens before the patches
+        self.extra_tokens = 1 + registers  # they stand before the patches
         self.pos_on_prefix = pos_on_prefix
         positions = self.grid**2
         if pos_on_prefix:
-            positions += self.prefix
+            positions += self.extra_tokens
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
@@ -169,18 +174,18 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(self.reg_token, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, _, height, width = x.shape
-        if (height, width) != (self.img_size, self.img_size):
-            raise ValueError(f"{(height, width)} px given to a ViT for {self.img_size} px a side")
+        B, _, H, W = x.shape
+        if (H, W) != (self.img_size, self.img_size):
+            raise ValueError(f"{(H, W)} px given to a ViT for {self.img_size} px a side")
 
         x = self.patch_embed["proj"](x)  # (B, D, grid, grid)
         x = x.flatten(2).transpose(1, 2)  # (B, N, D)
         if not self.pos_on_prefix:
             x = x + self.pos_embed
-        prefix = [self.cls_token.expand(B, -1, -1)]
+        tokens = [self.cls_token.expand(B, -1, -1)]
         if self.reg_token is not None:
-            prefix.append(self.reg_token.expand(B, -1, -1))
-        x = torch.cat([*prefix, x], dim=1)  # (B, 1 + registers + N, D)
+            tokens.append(self.reg_token.expand(B, -1, -1))
+        x = torch.cat([*tokens, x], dim=1)  # (B, 1 + registers + N, D)
         if self.pos_on_prefix:
             x = x + self.pos_embed
         x = self.blocks(x)
@@ -188,7 +193,7 @@ class VisionTransformer(nn.Module):
 
     def split(self, tokens: Tensor) -> Tokens:
         """(B, 1 + registers + N, D) -> {"summary": CLS (B, D), "patches": (B, N, D)}."""
-        return {"summary": tokens[:, 0], "patches": tokens[:, self.prefix :]}
+        return {"summary": tokens[:, 0], "patches": tokens[:, self.extra_tokens :]}
 
 
 def init_weights(module: nn.Module) -> None:
@@ -228,23 +233,26 @@ class Student(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tokens:
-        """Images (B, 3, S, S), uint8 or in [0, 1] -> {"summary": (B, D), "patches": (B, N, D)}."""
+        """Images (B, 3, S, S), uint8 or in [0, 1] -> {"summary": (B, D), "patches": (B, N, D)}.
+
+        ValueError: S is not the student's img_size.
+        """
         x = (to_float(images) - self.mean) / self.std
         return self.backbone.split(self.backbone(x))
 
 
 def truncate(tokens: Tokens, m: int) -> Tokens:
-    """z -> z[:m]: the first m channels of every token. The one place where an embedding is cut."""
+    """z -> z[:m]: the first m channels of every token. All six files cut embeddings here."""
     return {kind: z[..., :m] for kind, z in tokens.items()}
 
 
 def make_head(m: int, D: int, D_t: int) -> nn.Module:
-    """h_{t,m}: m channels of a token (..., m) -> a prediction of a teacher's token (..., D_t)."""
+    """Half of h_{t,m}: m channels of a token (..., m) -> a teacher's token (..., D_t)."""
     return nn.Sequential(nn.Linear(m, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D_t))
 
 
 class Adaptors(nn.Module):
-    """The heads: one for the summary, one for the patches, of every teacher at every nested dim.
+    """All h_{t,m}: a head for the summary, one for the patches, of every teacher at every dim.
 
     width: D of the student
     teacher_dims: {teacher: D_t}
@@ -273,9 +281,9 @@ class Adaptors(nn.Module):
             z = truncate(tokens, m)  # (B, m) and (B, N, m)
             predictions[m] = {}
             for t, heads in self.heads.items():
-                h = heads[str(m)]
-                summary = h["summary"](z["summary"])  # (B, D_t)
-                patches = h["patches"](z["patches"])  # (B, N, D_t)
+                head = heads[str(m)]
+                summary = head["summary"](z["summary"])  # (B, D_t)
+                patches = head["patches"](z["patches"])  # (B, N, D_t)
                 predictions[m][t] = {"summary": summary, "patches": patches}
         return predictions
 

@@ -29,9 +29,9 @@ from data import (
     CELLS,
     TISSUE_VERSION,
     TISSUES,
-    OneLineParser,
     TissueTiles,
-    folder,
+    UnreadableTile,
+    make_parser,
     open_tile,
     path,
     progress,
@@ -63,7 +63,7 @@ class TeacherSpec:
     repo: str = ""  # on Hugging Face; without one, weights are only looked for in --weights-dir
     file: str = "model.safetensors"  # in that repo
     gate: str = "open"  # or "gated": on request; "gated?": it changed, or sources differ
-    norm: tuple = IMAGENET  # mean, std
+    norm: tuple = IMAGENET  # mean, std of the images that it takes
     tile: str = "224 at 0.5"  # pixels at microns per pixel
     resize: int = 0  # shorter side before the centre crop to img_size; 0: img_size
     interpolation: str = "bicubic"  # of that resize
@@ -79,6 +79,7 @@ VIT_G = {"width": 1536, "depth": 40, "heads": 24, "mlp_width": 8192, "swiglu": T
 VIT_TOY = {"width": 128, "depth": 6, "heads": 4, "mlp_width": 512, "img_size": 64, "patch_size": 8}
 SWIGLU_B = {"mlp_width": 4096, "swiglu": True}
 SWIGLU_L = {"mlp_width": 5472, "swiglu": True}
+REG8 = {"registers": 8, "pos_on_prefix": False}
 NO_SCALE = {"layer_scale": False}
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -114,10 +115,12 @@ DINOV2_REPO = "facebook/dinov2-with-registers-"
 TEACHERS = {
     "uni": TeacherSpec(P16 | VIT_L, BINDS, "MahmoodLab/UNI", **MAHMOOD),
     "uni2_h": TeacherSpec(
-        P14 | VIT_G | REG4 | {"depth": 24, "registers": 8}, BINDS, "MahmoodLab/UNI2-h", **MAHMOOD
+        P14 | VIT_G | REG8 | {"depth": 24}, BINDS, "MahmoodLab/UNI2-h", **MAHMOOD
     ),
     "virchow": TeacherSpec(P14 | VIT_H, APACHE, "paige-ai/Virchow", **PAIGE),
-    "virchow2": TeacherSpec(P14 | VIT_H | {"registers": 4}, NC_ND, "paige-ai/Virchow2", **PAIGE),
+    "virchow2": TeacherSpec(  # its registers have positions, so this is not REG4
+        P14 | VIT_H | {"registers": 4}, NC_ND, "paige-ai/Virchow2", **PAIGE
+    ),
     "h_optimus_0": TeacherSpec(
         P14 | VIT_G | REG4, APACHE, "bioptimus/H-optimus-0", norm=OPTIMUS, **GATE_DIFFERS
     ),
@@ -176,6 +179,7 @@ class Teacher(nn.Module):
     """A frozen ViT with its own normalisation.
 
     dim: D_t.  grid: patches a side.  embed_dim: width of `embed`.  licence: of its weights.
+    card_size: pixels of a tile's shorter side before `embed` cuts out the centre.
     """
 
     def __init__(self, name: str, vit: VisionTransformer):
@@ -199,7 +203,8 @@ class Teacher(nn.Module):
 
         They are resized to the teacher's own size. grid: the student's; the map of patches is
         resampled to it, N = grid * grid, so that patch i of both is the same piece of tissue.
-        ValueError: images that are not square.
+        Tokens have the dtype of the weights, resampled ones float32.
+        ValueError: images that are not square (the ViT refuses them).
         """
         images = to_float(images)
         size = self.vit.img_size
@@ -208,7 +213,7 @@ class Teacher(nn.Module):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
             images = images.clamp(0, 1)  # bicubic overshoots
         x = (images - self.mean) / self.std
-        x = x.to(self.vit.norm.weight.dtype)  # frozen weights: no fp32 copy of them, no autocast
+        x = x.to(self.vit.norm.weight.dtype)  # frozen weights are kept in the compute dtype itself
         tokens = self.vit.split(self.vit(x))
         if grid is not None and grid != self.grid:
             patches = tokens["patches"].float()
@@ -252,28 +257,28 @@ def find_weights(
     """
     found = {}
     missing = []
-    reachable = fetch
-    why = "not tried"
+    ask_hub = fetch
     for name in names:
         spec = TEACHERS[name]
         if spec.task:
             continue  # made here, on first use
+        why = ""
         file = find_in_folder(name, weights_dir)
         if file is None and spec.repo:
-            file, why = find_on_hub(spec, fetch=reachable)
+            file, why = find_on_hub(spec, fetch=ask_hub)
             if "LocalEntryNotFoundError" in why:
-                reachable = False  # the hub cannot be reached: it is not asked again
+                ask_hub = False  # it cannot be reached: it is not asked again
         if file is not None:
             found[name] = file
-        elif fetch:
-            place = Path(weights_dir, name + Path(spec.file).suffix)
-            missing.append(f"{name}: put {where_to_get(spec, why)} at {place}")
-    if missing:
+        else:
+            missing.append(how_to_get(name, weights_dir, why))
+    if missing and fetch:
         raise InputError(f"no weights for {'; '.join(missing)}")
     return found
 
 
 def find_in_folder(name: str, weights_dir: str | Path) -> Path | None:
+    """NAME.safetensors, NAME.bin, NAME.pth or NAME.pt, the first that is there."""
     for suffix in (".safetensors", ".bin", ".pth", ".pt"):
         file = Path(weights_dir, name + suffix)
         if file.exists():
@@ -290,18 +295,21 @@ def find_on_hub(spec: TeacherSpec, fetch: bool) -> tuple[Path | None, str]:
     huggingface_hub.logging.set_verbosity_error()  # its retries would bury our one line
     try:
         file = huggingface_hub.hf_hub_download(spec.repo, spec.file, local_files_only=not fetch)
-    except Exception as error:  # noqa: BLE001 - gated, offline, disk full: the remedy is the same
+    except Exception as error:  # noqa: BLE001 - gated, offline, disk full: many types
         return None, f"fetching failed: {type(error).__name__}"
     return Path(file), ""
 
 
-def where_to_get(spec: TeacherSpec, why: str) -> str:
+def how_to_get(name: str, weights_dir: str | Path, why: str) -> str:
+    """What to do about missing weights. why: they could not be fetched."""
+    spec = TEACHERS[name]
     if not spec.repo:
-        return "its weights"
+        return f"{name}: put its weights at {Path(weights_dir, name)}.pth"
+    place = Path(weights_dir, name + Path(spec.file).suffix)
     access = spec.gate
     if spec.gate != "open":
         access += ": request access on its page, then hf auth login"
-    return f"{spec.file} of {spec.repo} (Hugging Face, {access}; {why})"
+    return f"{name}: put {spec.file} of {spec.repo} (Hugging Face, {access}; {why}) at {place}"
 
 
 # ---- reading it ----
@@ -331,6 +339,7 @@ def read_weights(path: str | Path) -> dict:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory where the disk allows it."""
     import safetensors.torch
 
     try:
@@ -341,6 +350,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch_file(path: Path) -> object:
+    """What torch.save wrote; mapped into memory if it is a zip, as all are since torch 1.6."""
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         with zipfile.ZipFile(path) as file:
@@ -356,6 +366,7 @@ def read_torch_file(path: Path) -> object:
 
 
 def why_refused(error: pickle.UnpicklingError) -> str:
+    """Of torch's "Unsupported global: GLOBAL argparse.Namespace was not ..." the name, if any."""
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     if named is None:
         return "it holds no weights, or objects that could run code; put the right file there"
@@ -367,11 +378,17 @@ def why_refused(error: pickle.UnpicklingError) -> str:
 
 # ---- giving its tensors timm's names ----
 
-# Inside a training checkpoint the weights lie under one of these, the first that is there. EMA,
-# averaged over training, comes before the raw weights beside it, as in timm.
+# A tensor's way, here from Hugging Face's Dinov2 to timm: its key
+#     encoder.layer.0.attention.attention.query.weight
+# becomes blocks.0.attn.qkv.weight, and so do those of key and value: the three are put together, in
+# this order, as the rows of one tensor. What is UNUSED is dropped. All else must be just what the
+# ViT has, or load_strictly refuses the file.
+
+# Inside a training checkpoint the tensors lie under some of these, one in another, in this order.
+# EMA, averaged over training, comes before the raw weights beside it, as in timm.
 WRAPPERS = ["teacher", "state_dict_ema", "model_ema", "state_dict", "model"]
-RENAMES = [
-    # wrappers of training code, in any order: compiled, parallel, inside another model
+RENAMES = [  # applied one after the other
+    # wrappers of training code: compiled, parallel, inside another model
     (r"^((_orig_mod|module|teacher|backbone|model|vit|dinov2|embeddings|encoder)\.)+", ""),
     # Hugging Face's ViT and Dinov2
     (r"^layernorm\.", "norm."),
@@ -392,7 +409,7 @@ RENAMES = [
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
     # timm's own names stay as they are
 ]
-UNUSED = r"mask_token$|(pooler|classifier|head|dino_head|ibot_head)\."  # no other may be left over
+UNUSED = r"mask_token$|(pooler|classifier|head|dino_head|ibot_head)\."
 
 
 def unwrap(content: dict, source: str) -> dict:
@@ -409,6 +426,7 @@ def unwrap(content: dict, source: str) -> dict:
 
 
 def timm_name(key: str) -> str:
+    """A tensor's key in any published layout -> its key in timm."""
     for pattern, name in RENAMES:
         key = re.sub(pattern, name, key)
     return key
@@ -420,12 +438,12 @@ def timm_state(
     dtype: torch.dtype = torch.float32,
     antialias: bool = True,
 ) -> dict[str, Tensor]:
-    """Tensors in any published layout, perhaps mapped -> copies with timm's names and vit's grid.
+    """Tensors in any published layout -> copies in `dtype` with timm's names and vit's positions.
 
     ValueError: a tensor that is none, or not of floating point.
     """
-    parts = {}  # {timm's name: tensors}; several for the rows of qkv
-    for key in sorted(state, key=qkv_order):
+    parts = {}  # {timm's name: tensors}; three of them for the rows of qkv
+    for key in sorted(state, key=qkv_sort_key):
         tensor = state[key]
         name = timm_name(key)
         if re.match(UNUSED, name):
@@ -435,18 +453,17 @@ def timm_state(
         parts.setdefault(name, []).append(tensor)
 
     renamed = {}
-    for name, tensors in parts.items():  # two of one name that are no qkv get an impossible shape
-        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        renamed[name] = tensor
+    for name, tensors in parts.items():  # by mistake two of one name: a shape that is refused later
+        renamed[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     if "cls_token" in renamed and "pos_embed" in renamed:
         fit_positions(renamed, vit, antialias)
     for name, tensor in renamed.items():
-        renamed[name] = tensor.to(dtype, copy=True)  # a copy: the mapped file may go
+        renamed[name] = tensor.to(dtype, copy=True)  # these may lie in the file, which may go
     return renamed
 
 
-def qkv_order(key: str) -> int:
-    """Sorts Hugging Face's query, key and value into the order of the rows of qkv."""
+def qkv_sort_key(key: str) -> int:
+    """For sorted(): Hugging Face's query, key and value come in the order of the rows of qkv."""
     for place, part in enumerate((".query.", ".key.", ".value.")):
         if part in key:
             return place
@@ -454,27 +471,35 @@ def qkv_order(key: str) -> int:
 
 
 def fit_positions(state: dict[str, Tensor], vit: VisionTransformer, antialias: bool) -> None:
-    """Give pos_embed the rows that vit has, in place, wherever that can be done."""
+    """Give pos_embed (1, rows, D) the rows that vit has, in place, where that can be done.
+
+    Rows in a file: extra tokens and patches (UNI, Virchow2); CLS and patches, though registers have
+    none (the DINOv2 repo, Hugging Face); patches alone (timm's models with registers). The patches'
+    grid may have another size. Any other number of rows is left as it is, and refused afterwards.
+    """
     cls_token = state["cls_token"].float()  # (1, 1, D)
     pos_embed = state["pos_embed"].float()  # (1, rows, D)
-    rows = pos_embed.shape[1]
-    if not vit.pos_on_prefix and math.isqrt(rows - 1) ** 2 == rows - 1:
-        # The DINOv2 repo and Hugging Face keep a row for CLS where registers have none. timm adds
-        # that row to CLS itself.
-        cls_token = cls_token + pos_embed[:, :1]
+    extra_rows = vit.extra_tokens if vit.pos_on_prefix else 0
+    has_row_of_cls = is_square(pos_embed.shape[1] - 1)
+    if not vit.pos_on_prefix and has_row_of_cls:
+        cls_token = cls_token + pos_embed[:, :1]  # as timm does: CLS is given its position for good
         pos_embed = pos_embed[:, 1:]
-    prefix_rows = vit.prefix if vit.pos_on_prefix else 0
-    prefix = pos_embed[:, :prefix_rows]
-    patches = pos_embed[:, prefix_rows:]
+    extra = pos_embed[:, :extra_rows]
+    patches = pos_embed[:, extra_rows:]
     side = math.isqrt(patches.shape[1])
-    if side != vit.grid and side**2 == patches.shape[1]:
+    if side != vit.grid and is_square(patches.shape[1]):
         print(f"position embedding resampled from {side} x {side} to {vit.grid} x {vit.grid}")
         patches = patches.transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
-        patches = F.interpolate(patches, (vit.grid, vit.grid), mode="bicubic", antialias=antialias)
+        size = (vit.grid, vit.grid)
+        patches = F.interpolate(patches, size, mode="bicubic", antialias=antialias)
         patches = patches.flatten(2).transpose(1, 2)  # (1, grid * grid, D)
-        pos_embed = torch.cat([prefix, patches], dim=1)
+        pos_embed = torch.cat([extra, patches], dim=1)
     state["cls_token"] = cls_token
     state["pos_embed"] = pos_embed
+
+
+def is_square(n: int) -> bool:
+    return math.isqrt(n) ** 2 == n
 
 
 # ---- loading them strictly ----
@@ -483,34 +508,50 @@ def fit_positions(state: dict[str, Tensor], vit: VisionTransformer, antialias: b
 def load_strictly(model: nn.Module, state: dict, source: str) -> None:
     """Give a model, possibly on the meta device, exactly the tensors of `state`.
 
-    InputError: names what is missing, left over or of another shape, two of each kind.
+    InputError: tensors are missing, left over or of another shape, or have unfit values.
     """
     if not isinstance(state, dict):
-        state = {"the whole": state}
+        raise InputError(
+            f"{source} holds another model: no dict of tensors; put the right file there"
+        )
     expected = model.state_dict()
+    refuse_differences(expected, state, source)
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise InputError(
+                f"{source} is damaged: {key} is {tensor.dtype}; put a whole copy there"
+            )
+        if not tensor.isfinite().all():
+            raise InputError(f"{source} is damaged: {key} is not finite; put a whole copy there")
+    on_meta = any(tensor.is_meta for tensor in expected.values())
+    model.load_state_dict(state, assign=on_meta)
+
+
+def refuse_differences(expected: dict[str, Tensor], state: dict, source: str) -> None:
+    """InputError: names two tensors of each kind of difference, with shapes."""
     reshaped = []
     missing = []
-    surplus = []
     for key, tensor in expected.items():
+        wanted = shape_of(tensor)
         if key not in state:
-            missing.append(f"{key} is missing, expected {shape_of(tensor)}")
-        elif shape_of(state[key]) != shape_of(tensor):
-            reshaped.append(f"{key} is {shape_of(state[key])}, expected {shape_of(tensor)}")
+            missing.append(f"{key} is missing, expected {wanted}")
+        elif shape_of(state[key]) != wanted:
+            reshaped.append(f"{key} is {shape_of(state[key])}, expected {wanted}")
+    surplus = []
     for key, tensor in state.items():
         if key not in expected:
             surplus.append(f"{key} is {shape_of(tensor)}, expected none")
     count = len(reshaped) + len(missing) + len(surplus)
     if count:
         some = "; ".join(reshaped[:2] + missing[:2] + surplus[:2])
-        raise InputError(f"{source} holds another model: {count} tensors differ, first {some}")
-    for key, tensor in state.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise InputError(f"{source} is damaged: {key} has values that are not finite")
-    on_meta = any(tensor.is_meta for tensor in expected.values())
-    model.load_state_dict(state, assign=on_meta)
+        raise InputError(
+            f"{source} holds another model: {count} tensors differ, first {some}; "
+            "put the right file there"
+        )
 
 
 def shape_of(value: object) -> str:
+    """For messages, and to compare: "(1, 197, 1024)"."""
     if not isinstance(value, Tensor):
         return "no tensor"
     return str(tuple(value.shape))
@@ -525,12 +566,14 @@ def load_published(
 ) -> dict:
     """Strictly load a file of any published layout into vit -> all that the file holds.
 
-    InputError: damaged or of another model; begins with `source`, names differences with shapes.
+    InputError: it is damaged, or another model's: then `source` begins the line, which names
+    differences with their shapes.
     """
     content = read_weights(path)
     try:
         state = timm_state(unwrap(content, source), vit, dtype, antialias)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        # of odd shapes or keys; torch's own messages have several lines
         reason = str(error).split("\n")[0]
         raise InputError(
             f"{source} holds another model: {reason}; put the right file there"
@@ -562,7 +605,8 @@ def load_teacher(
             save_atomically(train_offline_teacher(name, steps, seed, device), file)
     else:
         file = find_weights([name], weights_dir)[name]
-        source = f"{file}, which should be {spec.file} of {spec.repo or name},"
+        wanted = f"{spec.file} of {spec.repo}" if spec.repo else name
+        source = f"{file}, which should be {wanted},"
     with torch.device("meta"):
         vit = VisionTransformer(**spec.arch)
     load_published(vit, file, source, dtype, spec.antialias)
@@ -578,41 +622,44 @@ def load_init(
     InputError: there is no such file or teacher, or it is another model.
     """
     if init in TEACHERS and init not in OFFLINE:
+        spec = TEACHERS[init]
         file = find_weights([init], weights_dir)[init]
-    elif os.path.isdir(init):
-        file = Path(init, "student.pt")
-    else:
-        file = Path(init)
+        load_published(vit, file, f"--init: {file}", antialias=spec.antialias)
+        return {init: spec.licence}
+    file = Path(init, "student.pt") if os.path.isdir(init) else Path(init)
     if not file.is_file():
         raise InputError(
             f"--init: {init} is no file and no published teacher; "
             "give dinov2_b, dinov2_s or runs/NAME"
         )
     content = load_published(vit, file, f"--init: {file}")
-    if init in TEACHERS and init not in OFFLINE:
-        return {init: TEACHERS[init].licence}
-    config = content.get("config", {})
-    licences = config.get("licences") or config.get("teachers")
-    return licences or {file.name: "unknown; ask where the file comes from"}
+    config = content.get("config")
+    if isinstance(config, dict) and config.get("licences"):
+        return config["licences"]  # an earlier student: what binds it binds this one
+    return {file.name: "unknown; ask where the file comes from"}
 
 
 # ---- the offline teachers ----
 
 
 def offline_file(name: str, weights_dir: str | Path, steps: int, seed: int) -> Path:
-    """A file a recipe, so that a run with a tiny budget poisons no other."""
+    """Where an offline teacher is kept. Its recipe is in the name: one trained for a moment, to try
+    something out, is never taken for another."""
     return Path(weights_dir, f"{name}-v{TISSUE_VERSION}-{steps}-{seed}.pt")
 
 
 def train_offline_teacher(
     name: str, steps: int, seed: int, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """Train a ViT on one of the two labels of drawn tissue -> its state dict, on the CPU."""
+    """Train a ViT on `device`, on one of the two labels of drawn tissue -> its state dict (CPU).
+
+    Batch, rates and the number of tiles are what gave good teachers in minutes, no more.
+    """
     spec = TEACHERS[name]
     classes = {"cells": len(CELLS), "tissue": len(TISSUES)}[spec.task]
     batch_size = 32
     peak_lr = 1e-3
-    tiles = TissueTiles("teacher", seed).draw(min(6144, steps * batch_size))
+    tiles = TissueTiles("teacher", seed).draw(min(6144, steps * batch_size))  # a stream of its own
     images = tiles["image"].to(device)
     labels = tiles[spec.task].to(device)
     mean, std = spec.norm
@@ -647,6 +694,7 @@ def train_offline_teacher(
 def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.device, torch.dtype]:
     """The device that --device names, or the best at hand, and the dtype that models compute in.
 
+    precision: "auto" is bf16 or fp16 on CUDA, fp32 elsewhere.
     InputError: this machine has no such device, or the device no such precision.
     """
     if name is None and torch.cuda.is_available():
@@ -676,6 +724,7 @@ def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.devi
 
 
 def list_teachers(weights_dir: str | Path) -> None:
+    """Print two lines for every teacher."""
     print("tile: pixels at microns per pixel; access: to the repo on Hugging Face")
     print("to try one: python teachers.py NAME TILE\n")
     found = find_weights(list(TEACHERS), weights_dir, fetch=False)
@@ -688,20 +737,25 @@ def list_teachers(weights_dir: str | Path) -> None:
             where = "made on first use"
         elif name in found:
             where = found[name]
-        else:
+        elif spec.repo:
             where = f"not found: {spec.file} of {spec.repo}"
+        else:
+            where = f"not found: {Path(weights_dir, name)}.pth"
         size = f"{millions(vit):9.3f} M  width {vit.width:4}  grid {vit.grid:2}"
         print(f"{name:12}{size}  tile {spec.tile:14}  mean {mean}  std {std}  access {spec.gate}")
         print(f"{'':14}{where}; licence {spec.licence}")
 
 
 def try_teacher(name: str, tile: str, weights_dir: str, device: str, precision: str) -> None:
+    """Load a teacher, embed an image, print how long it took and how the embedding begins."""
     check_names([name], "NAME")
     device, dtype = choose_device(device, precision)
-    image = open_tile(tile) if tile else None
-    if image is None:
-        given = tile or "none"
-        raise InputError(f"TILE: {given} is no image that can be read; give a png, jpg or tif")
+    if not tile:
+        raise InputError("TILE: none is given; name an image to embed, png, jpg or tif")
+    try:
+        image = open_tile(tile)
+    except UnreadableTile as reason:
+        raise InputError(f"TILE: {tile}: {reason}; give a png, jpg or tif") from None
     start = time.monotonic()
     teacher = load_teacher(name, weights_dir, device, dtype)
     loaded = time.monotonic()
@@ -718,11 +772,11 @@ def try_teacher(name: str, tile: str, weights_dir: str, device: str, precision: 
 
 
 def main() -> None:
-    parser = OneLineParser("teachers.py", description=__doc__)
+    parser = make_parser("teachers.py", __doc__)
     parser.add_argument("name", nargs="?", metavar="NAME", help="to try; without it all are listed")
     parser.add_argument("tile", nargs="?", metavar="TILE", help="an image to embed")
     parser.add_argument(
-        "--weights-dir", type=folder, default="weights", help="where weights are looked for"
+        "--weights-dir", type=path, default="weights", help="where weights are looked for"
     )
     parser.add_argument("--device", type=path, help="cuda, mps or cpu (default: the best at hand)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")

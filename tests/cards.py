@@ -1,4 +1,5 @@
-"""Reference models as their cards build them, with timm and transformers, and random weights in the published layouts.
+"""Reference models as their cards build them, with timm and transformers, and random weights in the
+published layouts.
 
 Nothing here is derived from teachers.TEACHERS: it is what the registry is checked against.
 """
@@ -9,7 +10,8 @@ import re
 import torch
 from conftest import oracle, randomise
 
-# tensors and parameters at 224 px (midnight with 257 rows, hibou in timm's form), as counted with timm and transformers
+# tensors and parameters at 224 px (midnight with 257 rows, hibou in timm's form), as counted with
+# timm and transformers
 COUNTS = {
     "uni": (342, 303_350_784),
     "uni2_h": (343, 681_394_176),
@@ -67,7 +69,8 @@ TIMM = {  # the name that the card gives to timm.create_model, and its arguments
     "dinov2_l": ("vit_large_patch14_reg4_dinov2", {}),
 }
 S, B, L, G = ((384, 12, 6), (768, 12, 12), (1024, 24, 16), (1536, 40, 24))
-HF = {  # class of transformers, (hidden_size, num_hidden_layers, num_attention_heads), further arguments of its config
+# class of transformers, (hidden_size, num_hidden_layers, num_attention_heads), further arguments
+HF = {
     "phikon": ("ViT", B, {"patch_size": 16, "layer_norm_eps": 1e-6, "intermediate_size": 3072}),
     "phikon_v2": ("Dinov2", L, {"patch_size": 16}),
     "midnight": ("Dinov2", G, {"patch_size": 14, "use_swiglu_ffn": True}),
@@ -80,7 +83,8 @@ HF = {  # class of transformers, (hidden_size, num_hidden_layers, num_attention_
 
 
 def bare(build, *arguments, **keywords) -> torch.nn.Module:
-    """build(...) without the initial weights, which take most of its time: for who sets every one of them."""
+    """build(...) without the initial weights, which take most of its time: for who sets every one
+    of them."""
     with torch.device("meta"):
         model = build(*arguments, **keywords)
     assert not [*model.buffers()]
@@ -118,7 +122,8 @@ def hf_file(model: torch.nn.Module, folder) -> dict:
 
 
 def dinov2_file(state: dict, registers: bool) -> dict:
-    """timm's names -> those of the DINOv2 repo, as its own files have them. Inverse of what timm's loader does."""
+    """timm's names -> those of the DINOv2 repo, as its own files have them. Inverse of what timm's
+    loader does."""
     state = dict(state)
     if registers:
         row = torch.randn(
@@ -132,9 +137,11 @@ def dinov2_file(state: dict, registers: bool) -> dict:
 
 
 def reference(name: str, layout: str, folder, depth: int = 2):
-    """Random weights -> (state dict in the published layout, function of normalised images -> (CLS, patches)).
+    """Random weights -> (state dict in the published layout, function of normalised images -> (CLS,
+    patches)).
 
-    layout: timm; hf; hf-518 (37 x 37 positions); dinov2 (the repo's names, 37 x 37); dinov2-swiglu (w12, w3); chunked.
+    layout: timm; hf; hf-518 (37 x 37 positions); dinov2 (the repo's names, 37 x 37);
+    dinov2-swiglu (w12, w3); chunked.
     """
     if layout.startswith("hf"):
         model = randomise(bare(hf_model, name, 518 if layout == "hf-518" else 224, depth))
@@ -185,7 +192,8 @@ def reference(name: str, layout: str, folder, depth: int = 2):
 
 
 def write(state: dict, path) -> None:
-    """.safetensors; .bin, torch's zip format; .pth, the legacy pickle. Never into a file that is perhaps mapped."""
+    """.safetensors; .bin, torch's zip format; .pth, the legacy pickle. Never into a file that is
+    perhaps mapped."""
     new = path.with_name("new")
     if path.suffix == ".safetensors":
         oracle("safetensors.torch").save_file(

@@ -36,14 +36,14 @@ def plain_loss(adaptors, tokens, targets):
     """Teachers, dims, tokens: one number at a time, straight from DESIGN's equation."""
 
     def cosine(a, b):
-        return sum(x * y for x, y in zip(a, b)) / (
+        return sum(x * y for x, y in zip(a, b, strict=True)) / (
             math.hypot(*map(float, a)) * math.hypot(*map(float, b))
         )
 
     def cosine_term(h, y):  # mean over rows of 1 - cos, differentiable
         rows = [
             1 - (a * b).sum() / (a.pow(2).sum().sqrt() * b.pow(2).sum().sqrt())
-            for a, b in zip(h, y)
+            for a, b in zip(h, y, strict=True)
         ]
         assert abs(float(rows[0].detach()) - (1 - float(cosine(h[0].detach(), y[0])))) < 1e-5
         return sum(rows) / len(rows)
@@ -80,7 +80,7 @@ def test_nested_loss_equals_the_plain_loop_in_value_and_gradient(adaptors, targe
         heads = [p.grad for p in adaptors.parameters()]
         results.append([loss.detach(), z["summary"].grad, z["patches"].grad, *heads])
     assert all(g is not None and g.abs().sum() > 0 for g in results[0])
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 

@@ -65,7 +65,8 @@ def test_equal_to_timm_at_full_width_and_reduced_depth(name):
 
 
 def test_a_swapped_gate_or_position_would_show():
-    """Negative control: the comparison above fails when SwiGLU's halves or the position rows are misread."""
+    """Negative control: the comparison above fails when SwiGLU's halves or the position rows are
+    misread."""
     arch = {**ARCHS["virchow"], "depth": 1}
     ours, twin = randomise(bare(VisionTransformer, **arch)), bare(timm_twin, arch)
     state = ours.state_dict()
@@ -181,7 +182,7 @@ def test_an_exported_student_takes_any_batch(dtype):
             torch.testing.assert_close(got[kind], expected[kind])
 
 
-# ---- files that others made: refused in one line that names them, and no code of theirs runs -----------------------
+# ---- files that others made: refused in one line that names them, and no code of theirs runs -----
 @pytest.fixture
 def toy(tmp_path):
     """A whole student.pt as train.py writes it -> (its path, a fresh copy of its content)."""
@@ -204,7 +205,8 @@ def toy(tmp_path):
 
 
 def load_all(path):
-    """All that the scripts do with such a file: a student, a teacher or --init, and its plain content."""
+    """All that the scripts do with such a file: a student, a teacher or --init, and its plain
+    content."""
     student, config = load_student(path)
     load_published(VisionTransformer(**STUDENTS["toy"]), path, f"--init: {path}")
     return student.backbone.state_dict(), config
@@ -377,7 +379,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("form", ["zip", "safetensors"])
 def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, toy, form):
-    """A zip has checksums. A safetensors file has none: a flip in a number is not seen, one in its header mostly."""
+    """A zip has checksums. A safetensors file has none: a flip in a number is not seen, one in its
+    header mostly."""
     write = oracle("safetensors.torch").save_file
     path, content = toy
     path = path if form == "zip" else tmp_path / "whole.safetensors"
