@@ -1,702 +1,821 @@
-"""Train one small student on several frozen teachers, at every nested dim at once: from tiles to checkpoint.
+"""Train one small student on several frozen teachers, at every nested dim at once.
 
-    python train.py                                       the offline demo: synthetic tissue, CPU, minutes
-    python train.py --teachers uni,virchow --data tiles/  published teachers; says how to get missing weights
-    python train.py --resume runs/demo                    go on where a run stopped
-A run folder holds last.pt (all that a resume needs), student.pt (loads into timm), model_card.md, log.jsonl. Optimiser,
-schedule, sizes are our choice, not checked against the paper's method section; no vit_b or vit_s has been trained."""
+    python train.py                                         the offline demo: a CPU, minutes
+    python train.py --teachers uni,virchow --data tiles/    published teachers, your own tiles
+    torchrun --nproc-per-node 8 train.py ...                the same script on many GPUs or nodes
+    python train.py --resume runs/demo                      go on where a run stopped
+
+A run's folder holds student.pt (the student alone, which loads into timm), last.pt (all that a
+resume needs) and log.jsonl. First comes the loop, `train`, with what a fork changes first; then
+`main`, which sets the scene for it. The rest is what `main` calls: tiles and teachers, several
+processes, the first lines, checkpoints, the log, the flags.
+
+Optimiser, schedule and sizes are our choice, not checked against the paper's method section; no
+vit_b or vit_s has been trained to its end here.
+"""
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import re
 import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
-from signal import SIGINT, SIGTERM, signal
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout  # comes with torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-import data
 import evaluate
-import teachers as cli
-from losses import Distiller, Standardizers
-from student import (
-    STUDENTS,
-    InputError,
-    Student,
-    load_strictly,
-    millions,
-    read_weights,
+from data import (
+    FolderTiles,
+    Source,
+    TissueTiles,
+    batches,
+    dim_list,
+    epoch_order,
+    make_parser,
+    name_list,
+    natural,
+    path,
+    positive,
+    progress,
+    run_program,
     save_atomically,
 )
+from losses import Standardizers, nested_loss
+from student import STUDENTS, Adaptors, InputError, Student, Tokens, VisionTransformer, millions
+from teachers import (
+    OFFLINE,
+    TEACHERS,
+    Teacher,
+    check_names,
+    choose_device,
+    find_weights,
+    load_init,
+    load_strictly,
+    load_teacher,
+    read_weights,
+)
+
+CLIP = 1.0  # largest norm of the gradient
+WARMUP = 0.04  # share of the steps
+DEMO_TILES = 8192  # drawn once; the demo goes over them several times
+STATS_TILES = 1024  # that the targets' statistics are measured on
 
 VIT = {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "save_every": 1000}
+TOY = {"steps": 2000, "batch_size": 32, "lr": 5e-3, "save_every": 250}
 DEFAULTS = {
-    "toy": {
-        "dims": [2, 4, 8, 16, 48],
-        "steps": 2000,
-        "batch_size": 32,
-        "lr": 5e-3,
-        "save_every": 250,
-    }
+    "toy": TOY | {"dims": [2, 4, 8, 16, 48]},
+    "vit_s": VIT | {"dims": [24, 48, 96, 192, 384]},
+    "vit_b": VIT | {"dims": [48, 96, 192, 384, 768]},
 }
-DEFAULTS |= {
-    "vit_s": {"dims": [24, 48, 96, 192, 384], **VIT},
-    "vit_b": {"dims": [48, 96, 192, 384, 768], **VIT},
-}
-BETAS, CLIP, WARMUP = (0.9, 0.95), 1.0, 0.04  # warmup: share of the steps
-WHOLE = {
-    "args",
-    "step",
-    "student",
-    "standardizers",
-    "optimizer",
-    "scaler",
-    "tiles",
-}  # what a checkpoint holds
-CARD = """# Student {student}: {size:.3f} M parameters, nested dims m of {nested_dims}, step {step} of {steps}
-```python
-import timm
-model = timm.create_model("vit_base_patch14_reg4_dinov2", num_classes=0, checkpoint_path="student.pt", depth={depth},
-    img_size={img_size}, patch_size={patch_size}, embed_dim={width}, num_heads={heads}, reg_tokens={registers}).eval()
-z = model(images)[:, :m]  # of RGB images (B, 3, {img_size}, {img_size}) in [0, 1], less ImageNet's mean, over its std
-```
-- Data: {source!r}; batch {batch_size}, lr {lr}, standardize {standardize}, {dtype}, seed {seed}. Saves renew this card
-- Made from the outputs of teachers (or begun from one), with licences that may bind it: {licences}
-"""  # model_card.md: filled from a run's arguments and the config in its student.pt
+# What last.pt holds, beside numbers and texts
+PARTS = ["student", "adaptors", "standardizers", "optimizer", "scaler"]
+# Flags of the machine, which --resume takes anew
+MAY_CHANGE = ["data", "device", "workers", "weights_dir", "save_every", "log_every", "stop_at"]
+
+# ---- the loop ----
 
 
-def parse_args(
-    argv: list[str] | None = None,
-) -> argparse.Namespace:  # checked, with the defaults of its student
-    add, offline = (
-        (parser := cli.OneLineParser("train.py", description=__doc__)).add_argument,
-        ",".join(cli.OFFLINE),
+def train(
+    args: argparse.Namespace,
+    steps: range,
+    tiles: Iterator[dict],
+    teachers: dict[str, Teacher],
+    standardizers: Standardizers,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    autocast: torch.autocast,
+    device: torch.device,
+    grid: int,
+    save: Callable[[int], None],
+) -> None:
+    """The steps of the method, in order.
+
+    steps: those to do, counted from 0
+    tiles: one batch a pass: {"image", and "outputs" where the teachers have run before}
+    teachers: {name: frozen teacher}, {} where the tiles bring their outputs
+    standardizers: raw outputs of the teachers -> targets
+    model: images -> predictions {m: {teacher: tokens}}; student and adaptors in a row
+    scaler, autocast: do nothing in fp32; the scaler works in fp16 alone
+    grid: patches a side of the student
+    save: writes a checkpoint, given the number of completed steps
+    """
+    compute_loss = torch.compile(nested_loss, disable=not args.compile)
+    clock = Clock(steps.start)
+    for step in steps:
+        lr = learning_rate(step, args.steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        optimizer.zero_grad()
+        step_loss = torch.zeros((), device=device)
+        for micro_step in range(args.accumulate):
+            batch = next(tiles)
+            images = batch["image"].to(device, non_blocking=True).contiguous()
+            outputs = teacher_outputs(batch, images, teachers, grid)
+            targets = standardizers(outputs)
+
+            # DDP averages gradients over processes, once a step; without DDP this does nothing
+            model.require_backward_grad_sync = micro_step == args.accumulate - 1
+            with autocast:
+                predictions = model(images)
+            loss, terms = compute_loss(predictions, targets)
+            loss = loss / args.accumulate
+            scaler.scale(loss).backward()
+            step_loss += loss.detach()
+
+        scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        scaler.step(optimizer)
+        scaler.update()
+
+        done = step + 1
+        log_now = done % args.log_every == 0 or done == steps.stop
+        save_now = done % args.save_every == 0 or done == steps.stop
+        if log_now or save_now:  # at other steps the host need not wait for the device
+            numbers = {"loss": mean_over_processes(step_loss).item(), "lr": lr}
+            numbers["grad_norm"] = grad_norm.item()
+            stop_if_not_finite(done, numbers, scaler, args.out)
+        if log_now and is_process_0():
+            log(args, done, steps.stop, numbers, terms, clock)
+        if save_now and is_process_0():
+            save(done)
+
+
+def teacher_outputs(
+    batch: dict, images: Tensor, teachers: dict[str, Teacher], grid: int
+) -> dict[str, Tokens]:
+    """{teacher: tokens} of a batch. The teachers run now, or have run before and it brings them."""
+    if "outputs" not in batch:
+        return run_teachers(teachers, images, grid)
+    outputs = {}
+    for t, tokens in batch["outputs"].items():
+        outputs[t] = {kind: y.to(images.device, non_blocking=True) for kind, y in tokens.items()}
+    return outputs
+
+
+@torch.no_grad()
+def run_teachers(teachers: dict[str, Teacher], images: Tensor, grid: int) -> dict[str, Tokens]:
+    """The frozen teachers' tokens of the same crops, their patches on the student's grid."""
+    return {t: teacher(images, grid) for t, teacher in teachers.items()}
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """AdamW. Biases, norms, LayerScale, tokens and positions do not decay."""
+    decay = []
+    no_decay = []
+    for name, p in model.named_parameters():
+        if p.ndim < 2 or name.endswith(("cls_token", "reg_token", "pos_embed")):
+            no_decay.append(p)
+        else:
+            decay.append(p)
+    groups = [
+        {"params": decay, "weight_decay": 0.05},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+    fused = decay[0].device.type != "mps"  # all parameters in one kernel; not on Apple's GPU
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=fused)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Of step 0, 1, ..., steps - 1: up a straight line to the peak, down a cosine towards 0."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+# ---- the scene ----
+
+
+def main(args: argparse.Namespace, source: Source | None = None) -> None:
+    """Set the scene, train, and say what to do next.
+
+    source: the tiles, where args.data does not tell them; a program of extras/ gives its own.
+    """
+    device, dtype = choose_device(args.device, args.precision)
+    rank, world = join_processes(device)
+    checkpoint = load_checkpoint(args.out) if args.resume else None
+    start = checkpoint["step"] if checkpoint else 0
+    stop = min(args.stop_at or args.steps, args.steps)
+    if start >= stop:
+        say(f"{args.out} has done {start} of {args.steps} steps: nothing to do up to step {stop}")
+        return
+    micro_batch = divide_batch(args, world)
+    check_folder(args, checkpoint, source)
+
+    student, adaptors, standardizers = make_models(args, device)
+    introduce_student(args, source, student, adaptors, device, dtype)
+    with process_0_first(world):  # it fetches, or makes, the weights that the others then find
+        licences = load_first_weights(args, student, checkpoint)
+        if source is None:
+            source = make_source(args, student, device, dtype)
+        teachers = {} if source.has_outputs else load_teachers(args, device, dtype)
+    introduce_run(args, source, student, world)
+
+    model = nn.Sequential(student, adaptors)
+    optimizer = make_optimizer(model, args.lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    parts = {"student": student, "adaptors": adaptors, "standardizers": standardizers}
+    parts |= {"optimizer": optimizer, "scaler": scaler}
+    if checkpoint:
+        restore(args, parts, checkpoint, source)
+
+    workers = choose_workers(args, source, device)
+    pin = device.type == "cuda"
+    loader = partial(batches, source, workers=workers, pin=pin)
+    if checkpoint is None:
+        measure_targets(args, standardizers, loader, teachers, device, student.grid)
+    # Step s takes samples s * batch_size to (s + 1) * batch_size - 1, and process r of them every
+    # world-th, from the r-th on. So a resume needs to know `start`, and nothing else of the tiles.
+    samples = range(start * args.batch_size + rank, stop * args.batch_size, world)
+    train(
+        args,
+        steps=range(start, stop),
+        tiles=loader(samples, micro_batch),
+        teachers=teachers,
+        standardizers=standardizers,
+        model=wrap(model, teachers, args.compile, world),
+        optimizer=optimizer,
+        scaler=scaler,
+        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        device=device,
+        grid=student.grid,
+        save=partial(save_checkpoint, args, parts, source, licences),
     )
-    of = {
-        key: "default: " + ", ".join(f"{name} {d[key]}" for name, d in DEFAULTS.items())
-        for key in DEFAULTS["toy"]
-    }
-    add(
-        "--teachers",
-        type=cli.name_list,
-        help=f"comma-separated, of {', '.join(cli.TEACHERS)} (default: {offline})",
-    )
-    add(
-        "--student",
-        choices=STUDENTS,
-        help="(default: toy with offline teachers alone, otherwise vit_b)",
-    )
-    add(
-        "--dims",
-        type=cli.dim_list,
-        help=f"nested dims; the student's width is always one ({of['dims']})",
-    )
-    add(
-        "--data",
-        type=cli.path,
-        nargs="+",
-        help="folders of tiles (png, jpg, ...), or tar shards (or: drawn tissue)",
-    )
-    add("--steps", type=cli.positive, help=f"optimiser steps; fixes the schedule ({of['steps']})")
-    add(
-        "--stop-at",
-        type=cli.positive,
-        help="stop after this step with a checkpoint; --steps still fixes the schedule",
-    )
-    add(
-        "--batch-size",
-        type=cli.batch,
-        help=f"tiles in a step, over all processes ({of['batch_size']})",
-    )
-    add(
-        "--accumulate",
-        type=cli.positive,
-        help="split a step into so many passes when memory is short (default: 1)",
-    )
-    add("--lr", type=float, help=f"peak rate; lower it if the loss is not finite ({of['lr']})")
-    add(
-        "--seed",
-        type=cli.natural,
-        help="of student, order of tiles and synthetic tissue (default: 0)",
-    )
-    add(
-        "--out",
-        type=cli.folder,
-        help="run folder (default: runs/demo, with published ones runs/TEACHERS-STUDENT)",
-    )
-    add(
-        "--resume",
-        type=cli.folder,
-        metavar="DIR",
-        help="go on with this run; its arguments are restored",
-    )
-    add(
-        "--init",
-        type=cli.path,
-        help="begin from a published teacher (vit_b: dinov2_b), a student.pt or weights file",
-    )
-    add(
-        "--standardize",
-        choices=["phi-s", "channel", "none"],
-        help="of the targets (default: phi-s)",
-    )
-    add(
-        "--stats-tiles",
-        type=cli.plural,
-        help="for target statistics (default: 1024; published on a CPU: 64)",
-    )
-    add(
-        "--teacher-steps", type=cli.positive, help="training of the offline teachers (default: 500)"
-    )
-    add("--teacher-seed", type=cli.natural, help="of the offline teachers (default: 0)")
-    add(
-        "--weights-dir",
-        type=cli.folder,
-        help="where weights are looked for, offline teachers kept (default: weights)",
-    )
-    add(
-        "--cache",
-        type=cli.folder,
-        help="run the teachers once, on one view a tile, their outputs kept in this folder",
-    )
-    add(
-        "--workers",
-        type=cli.few,
-        help="that read tiles; more if a GPU waits (default: 8 a GPU, 0 on a CPU)",
-    )
-    add(
-        "--precision",
-        choices=["auto", "fp32", "bf16", "fp16"],
-        help="auto (default): bf16 or fp16 on CUDA, else fp32",
-    )
-    add("--device", type=cli.path, help="cuda, mps or cpu (default: the best at hand)")
-    add(
-        "--compile",
-        action="store_true",
-        default=None,
-        help="torch.compile all models; for long GPU runs",
-    )
-    add("--save-every", type=cli.positive, help=f"steps between checkpoints ({of['save_every']})")
-    add("--log-every", type=cli.positive, help="steps between log lines (default: 50)")
-    flags = vars(parser.parse_args(argv))
-    given = {key: value for key, value in flags.items() if value is not None}
-    if folder := given.pop("resume", None):
-        content = read_weights(last) if (last := Path(folder, "last.pt")).exists() else {}
-        stored = (
-            content["args"]
-            if WHOLE <= content.keys() and str(content["step"]).isdecimal()
-            else None
+    finish(args, stop, source, student, device)
+
+
+def make_models(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[Student, Adaptors, Standardizers]:
+    """What learns, and what makes its targets."""
+    torch.manual_seed(args.seed)
+    teacher_dims = {t: TEACHERS[t].arch["width"] for t in args.teachers}
+    student = Student(args.student)
+    adaptors = Adaptors(student.width, teacher_dims, args.dims)
+    standardizers = Standardizers(teacher_dims, args.standardize)
+    return student.to(device), adaptors.to(device), standardizers.to(device)
+
+
+def divide_batch(args: argparse.Namespace, world: int) -> int:
+    """Tiles in one pass of one process. InputError: --batch-size cannot be divided so."""
+    passes = world * args.accumulate
+    if args.batch_size % passes:
+        raise InputError(f"--batch-size: make it a multiple of {passes} (processes x --accumulate)")
+    return args.batch_size // passes
+
+
+def measure_targets(
+    args: argparse.Namespace,
+    standardizers: Standardizers,
+    loader: Callable,
+    teachers: dict[str, Teacher],
+    device: torch.device,
+    grid: int,
+) -> None:
+    """Process 0 measures the teachers' statistics, once, on the run's first samples."""
+    n = args.stats_tiles or STATS_TILES
+    if args.stats_tiles is None and device.type == "cpu" and not all_offline(teachers):
+        n = 64  # published teachers take seconds a tile there
+    if is_process_0():
+        # Batches that do not depend on processes and passes, which would round outputs differently
+        tiles = loader(range(n), min(n, args.batch_size, 64), label="target statistics")
+        standardizers.measure(raw_outputs(tiles, teachers, device, grid))
+    if dist.is_initialized():
+        for buffer in standardizers.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def raw_outputs(
+    tiles: Iterator[dict], teachers: dict[str, Teacher], device: torch.device, grid: int
+) -> Iterator[dict[str, Tokens]]:
+    for batch in tiles:
+        images = batch["image"].to(device).contiguous()
+        yield teacher_outputs(batch, images, teachers, grid)
+
+
+def wrap(model: nn.Module, teachers: dict[str, Teacher], compiled: bool, world: int) -> nn.Module:
+    """Compile model and teachers, if wanted; let DDP average gradients over several processes."""
+    if compiled:
+        model.compile()  # in place, so that parameters keep their names
+        for teacher in teachers.values():
+            for block in teacher.vit.blocks:  # all alike, so that one is compiled
+                block.compile(dynamic=False)
+    if world > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
+
+
+def finish(
+    args: argparse.Namespace, stop: int, source: Source, student: Student, device: torch.device
+) -> None:
+    """Say how to go on; the demo ends with what its teachers and its student know."""
+    if not is_process_0():
+        return
+    if stop < args.steps:
+        print(f"stopped after step {stop} of {args.steps}")
+        print(f"go on with: {source.program} --resume {args.out}")
+        return
+    if isinstance(source, DemoTiles):
+        models = {}
+        for t, teacher in load_teachers(args, device, torch.float32).items():
+            models[f"teacher {t}"] = (teacher, [teacher.embed_dim])
+        models["student"] = (student, args.dims)
+        result = evaluate.run_tasks(models, None, args.seed, ["knn"])
+        evaluate.print_result(result)
+        evaluate.save_result(result, evaluate.DRAWN, args.out)
+    print(f"\nSaved {args.out}/student.pt. Next:\n  python evaluate.py {args.out} [--data DIR]")
+
+
+# ---- tiles and teachers ----
+
+
+def all_offline(teachers: Iterable[str]) -> bool:
+    """Whether none of these teachers is a published one."""
+    return set(teachers) <= set(OFFLINE)
+
+
+def make_source(
+    args: argparse.Namespace, student: Student, device: torch.device, dtype: torch.dtype
+) -> Source:
+    """Where tiles come from: folders, or drawn tissue. Other sources: extras/."""
+    if args.data:
+        return FolderTiles(args.data, student.img_size, args.seed)
+    if args.student == "toy" and all_offline(args.teachers):
+        return draw_demo(args, student, load_teachers(args, device, dtype), device)
+    length = args.steps * args.batch_size
+    return TissueTiles("distil", args.seed, student.img_size, length)
+
+
+def load_teachers(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> dict[str, Teacher]:
+    """{name: frozen teacher}. InputError: names all whose weights are missing, at once."""
+    find_weights(args.teachers, args.weights_dir)
+    teachers = {}
+    for t in args.teachers:
+        teachers[t] = load_teacher(
+            t, args.weights_dir, device, dtype, steps=args.teacher_steps, seed=args.teacher_seed
         )
-        if (
-            not isinstance(stored, dict)
-            or stored.get("student") not in STUDENTS
-            or not stored.keys() >= VIT.keys()
-        ):
-            raise InputError(
-                f"--resume: {last} does not exist, or is no checkpoint of a run; give the folder of one"
-            )
-        for key in given.keys() - {
-            "workers",
-            "device",
-            "data",
-            "weights_dir",
-            "save_every",
-            "log_every",
-            "stop_at",
-        }:
-            raise InputError(
-                f"--{key.replace('_', '-')}: this run has {stored.get(key)}; drop it, or do not --resume"
-            )
-        given = stored | given | {"out": folder, "resume": True}
-    cli.check_names(names := given.get("teachers", cli.OFFLINE))
-    published = [name for name in names if name not in cli.OFFLINE]
-    of_student = DEFAULTS[kind := given.get("student", "vit_b" if published else "toy")]
-    out = f"runs/{'-'.join(names)}-{kind}" if published else "runs/demo"
-    args = {
-        "teachers": names,
-        "student": kind,
-        "out": out,
-        "accumulate": 1,
-        "seed": 0,
-        "standardize": "phi-s",
-    }
-    args |= {
-        "precision": "auto",
-        "teacher_steps": 500,
-        "teacher_seed": 0,
-        "weights_dir": "weights",
-        "compile": False,
-    }
-    args = dict.fromkeys(flags) | args | {"log_every": 50} | of_student | given
-    args["dims"] = sorted({*args["dims"], STUDENTS[args["student"]]["width"]})
-    if args["cache"] and not args["data"]:
-        raise InputError(
-            "--cache: give --data as well; drawn tissue keeps its teachers' outputs in memory"
-        )
-    if published and args["student"] == "toy":
-        raise InputError(
-            f"--student toy is for offline teachers alone, not for {published[0]}; use vit_b or vit_s"
-        )
-    if not 0 < args["lr"] < math.inf:
-        raise InputError(
-            f"--lr: {args['lr']} is not a positive number; try {DEFAULTS[args['student']]['lr']}"
-        )
-    return argparse.Namespace(**args)
+    return teachers
 
 
-class CachedTiles:
-    """Tiles on which the teachers run once: sample k -> one of `tiles`, and "outputs": {teacher: tokens}. outputs (n,),
-    in memory or mapped, has fields "done" and {teacher: fp16 (1 + N, D_t), summary first}; row r is of tiles[r]."""
+def load_first_weights(
+    args: argparse.Namespace, student: Student, checkpoint: dict | None
+) -> dict[str, str]:
+    """Load those of --init, if the run is new -> {name: licence} of all that it is made from."""
+    if checkpoint:
+        return checkpoint["record"]["licences"]
+    licences = {}
+    if args.init:
+        licences = load_init(student.backbone, args.init, args.weights_dir)
+        for name, licence in licences.items():
+            say(f"begun from {name}; licence {licence}")
+    for t in args.teachers:
+        licences[t] = TEACHERS[t].licence
+    return licences
 
-    def __init__(
-        self, tiles: data.Dataset | list, rows: np.ndarray | range, outputs: np.ndarray, seed: int
-    ):
-        self.tiles, self.rows, self.outputs, self.seed = (
-            tiles,
-            rows,
-            outputs,
-            seed,
-        )  # rows (n,): of each tile
 
-    def fill(
-        self, teach, todo: list[int], workers: int
-    ) -> None:  # teach: batch -> {teacher: tokens}
-        read = data.batches(self.tiles, todo, 64, workers, label="teachers' outputs, computed once")
-        for batch, rows in zip(read, torch.tensor(todo).split(64)):
-            for t, y in teach(batch).items():
-                self.outputs[t][rows] = (
-                    torch.cat([y["summary"][:, None], y["patches"]], 1).half().cpu()
-                )
-                if not np.isfinite(self.outputs[t][rows]).all():
-                    raise InputError(
-                        f"the outputs of teacher {t} are not finite in fp16; leave it out, or --cache"
-                    )
-            getattr(
-                self.outputs, "flush", int
-            )()  # of a file: a row is on the disk before it counts as done
-            self.outputs["done"][rows] = 1
-        getattr(self.outputs, "flush", int)()
+class DemoTiles(Source):
+    """A source: drawn tissue whose teachers have run already, tiles and outputs in memory."""
+
+    has_outputs = True
+
+    def __init__(self, images: Tensor, outputs: dict[str, Tokens], seed: int):
+        self.images = images  # uint8 (n, 3, S, S)
+        self.outputs = outputs  # fp16, (n, D_t) and (n, N, D_t)
+        self.seed = seed
+        self.description = f"{len(images):,} tiles of drawn tissue"
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def __getitem__(self, k: int) -> dict:
-        row = int(self.rows[data.epoch_order(self.seed, k // (n := len(self.rows)), n)[k % n]])
-        tokens = {
-            t: torch.from_numpy(self.outputs[t][row].copy()) for t in self.outputs.dtype.names[1:]
-        }
-        return self.tiles[row] | {
-            "outputs": {t: {"summary": y[0], "patches": y[1:]} for t, y in tokens.items()}
-        }
+        n = len(self.images)
+        i = int(epoch_order(self.seed, k // n, n)[k % n])
+        outputs = {}
+        for t, tokens in self.outputs.items():
+            outputs[t] = {kind: y[i] for kind, y in tokens.items()}
+        return {"image": self.images[i], "outputs": outputs}
 
 
-def learning_rate(
-    step: int, steps: int, peak: float
-) -> float:  # linear warmup, then a cosine to zero; step from 0
-    warmup = max(1, round(WARMUP * steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    return peak * ((step + 1) / warmup if step < warmup else cosine)
+def draw_demo(
+    args: argparse.Namespace, student: Student, teachers: dict[str, Teacher], device: torch.device
+) -> DemoTiles:
+    """Draw the demo's tiles, and run the teachers on them, once."""
+    n = min(DEMO_TILES, args.steps * args.batch_size)
+    drawn = TissueTiles("distil", args.seed, student.img_size).draw(n)
+    images = drawn["image"].contiguous()
+    outputs = {}
+    for t, teacher in teachers.items():
+        summary = torch.empty(n, teacher.dim, dtype=torch.float16)
+        patches = torch.empty(n, student.grid**2, teacher.dim, dtype=torch.float16)
+        outputs[t] = {"summary": summary, "patches": patches}
+    starts = range(0, n, 64)
+    for start in progress(starts, "teachers' outputs, computed once", len(starts)):
+        rows = slice(start, start + 64)
+        seen = run_teachers(teachers, images[rows].to(device), student.grid)
+        for t, tokens in seen.items():
+            for kind, y in tokens.items():
+                outputs[t][kind][rows] = y
+    return DemoTiles(images, outputs, args.seed)
 
 
-def train(args: argparse.Namespace) -> int | None:  # exit code of a run that a signal has ended
-    rank, world = (
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("WORLD_SIZE", "1")),
-    )  # set by torchrun
-    (device, dtype), out = cli.choose_device(args.device, args.precision), Path(args.out)
-    say = (lambda message: None) if rank else (lambda message: print(message, flush=True))
-    micro_batch, left = divmod(args.batch_size, world * args.accumulate)
-    if left:
-        raise InputError(
-            f"--batch-size: make it a multiple of {world * args.accumulate} (processes x --accumulate)"
-        )
-    checkpoint = read_weights(out / "last.pt") if args.resume else None
-    start, stop = (
-        checkpoint["step"] if checkpoint else 0,
-        min(args.stop_at or args.steps, args.steps),
-    )
-    if start >= stop:
-        return say(f"{out} has done {start} of {args.steps} steps: nothing to do up to step {stop}")
+def choose_workers(args: argparse.Namespace, source: Source, device: torch.device) -> int:
+    """How many processes read tiles; on a CPU none, for the models need its cores."""
+    if args.workers is not None:
+        return args.workers
+    if device.type == "cuda" and not isinstance(source, DemoTiles):
+        return 8
+    return 0
+
+
+# ---- several processes ----
+
+
+def join_processes(device: torch.device) -> tuple[int, int]:
+    """Meet the other processes of a run, if torchrun has started any -> (rank, their number)."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if (
-        world > 1
-    ):  # gloo between CPUs and NCCL between GPUs; half an hour: process 0 may have to fetch weights
-        dist.init_process_group(timeout=timedelta(minutes=30))
-    torch.manual_seed(args.seed)  # of the student
-    teacher_dims = {name: cli.TEACHERS[name].arch["width"] for name in args.teachers}
-    student = Student(args.student, teacher_dims, args.dims).to(device)
-    vit, size, grid = student.backbone, student.backbone.img_size, student.backbone.grid
-    say(
-        f"student {args.student}: {millions(vit):.3f} M parameters, nested dims {args.dims}, on {device} in {dtype}"
-    )
-    licences = (
-        checkpoint.get("licences", {}) if checkpoint else {}
-    )  # of all that binds the student: init and teachers
-    if not checkpoint and args.init and not rank:  # DDP gives it to the others
-        licences = cli.load_init(vit, args.init, args.weights_dir)
-        say(
-            f"begun from {args.init}; licence "
-            + "; ".join(f"{name}: {text}" for name, text in licences.items())
-        )
-    standardizers = Standardizers(teacher_dims, args.standardize).to(device)
-    # The tiles, the run's folder, the teachers
-    if rank:
-        dist.barrier()  # process 0 goes first: it makes or fetches what the others then find
-    seed = 0 if args.cache else args.seed  # a cache holds one view a tile, the same for every run
-    tiles = (
-        data.FolderTiles(args.data, size, seed, out)
-        if args.data
-        else data.TissueTiles("distil", seed, size)
-    )
-    fingerprint = tiles.fingerprint() if args.data else None
-    if checkpoint and fingerprint != checkpoint["tiles"]:
-        raise InputError(
-            f"--data: {args.data} does not hold the tiles this run began with; give the same ones"
-        )
-    recipe = {"steps": args.teacher_steps, "seed": args.teacher_seed}
-    full = args.cache and {"complete", "outputs"} <= {
-        file.name for file in Path(args.cache).glob("*")
-    }
-    cli.find_weights(
-        needed := [] if full else args.teachers, args.weights_dir
-    )  # names every missing teacher at once
-    try:
-        _lock = rank or FileLock(out / "lock").acquire(
-            timeout=0
-        )  # released by the system when this process ends
-    except Timeout:
-        raise InputError(
-            f"--out: another process works on {out}; wait for it, or choose another folder"
-        ) from None
-    if (
-        not args.resume
-        and not rank
-        and any((out / name).exists() for name in ("last.pt", "student.pt", "log.jsonl"))
-    ):
-        free = next(f"{out}-{i}" for i in range(2, 10**6) if not Path(f"{out}-{i}").exists())
-        raise InputError(
-            f"--out: {out} holds a run; go on with --resume {out}, or begin another with --out {free}"
-        )
-    for left in () if rank else out.glob("*.tmp"):  # of a process that was killed
-        left.unlink()
-    teachers = {
-        name: cli.load_teacher(name, args.weights_dir, device, dtype, **recipe) for name in needed
-    }
-    for name in args.teachers:
-        licences[name], teacher = cli.TEACHERS[name].licence, teachers.get(name)
-        text = (
-            teacher
-            and f"{millions(teacher):.3f} M parameters, width {teacher.dim}, grid {teacher.grid}"
-        )
-        say(f"teacher {name}: {text or f'its outputs in {args.cache}'}; licence {licences[name]}")
-    source = (
-        f"{len(tiles.files)} tiles of {tiles.root}"
-        if args.data
-        else f"synthetic tissue drawn at {size} px"
-    )
-    say(
-        f"{args.steps} steps of {args.batch_size} tiles over {world} process(es); {source}; folder {out}, step {start}"
-    )
-    for block in (block for t in teachers for block in teachers[t].vit.blocks if args.compile):
-        block.compile(dynamic=False)  # those of a teacher are alike, so one is compiled
+    if world == 1:
+        return 0, 1
+    # gloo between CPUs, NCCL between GPUs; half an hour, as process 0 may have to fetch weights
+    dist.init_process_group(timeout=timedelta(minutes=30))
+    return dist.get_rank(), world
 
-    def to_device(
-        batch: dict,
-    ) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:  # images, outputs of the teachers
-        images = batch["image"].to(device, non_blocking=True).contiguous()
-        outputs = batch.get("outputs") or {
-            name: teacher(images, grid) for name, teacher in teachers.items()
-        }
-        return images, {
-            t: {kind: y.to(device, non_blocking=True) for kind, y in outputs[t].items()}
-            for t in outputs
-        }
 
-    demo = not args.data and args.student == "toy"
-    workers = (
-        args.workers if args.workers is not None else 8 if device.type == "cuda" and not demo else 0
-    )
-    if demo:
-        tiles = [
-            {"image": image}
-            for image in tiles.draw(min(8192, args.steps * args.batch_size))["image"]
-        ]
-    if (
-        demo or args.cache
-    ):  # few tiles, gone over many times: the teachers run once; otherwise in every step
-        n = len(tiles) if demo else len(tiles.files)
-        row = np.dtype(
-            [("done", "u2"), *((t, "f2", (1 + grid**2, D_t)) for t, D_t in teacher_dims.items())]
-        )
-        rows, outputs = range(n), np.zeros(n * demo, row)
-        if args.cache:
-            tiles_of = "{count} tiles, {sha256:.16}".format(**tiles.fingerprint(contents=not rank))
-            made_from = {
-                "teachers": args.teachers,
-                "recipe": recipe,
-                "tiles": tiles_of,
-                "crop": size,
-                "grid": grid,
-            }
-            files = {
-                t: Path(args.weights_dir) / cli.MADE_HERE.format(t, *recipe.values())
-                for t in args.teachers
-            }
-            files = (
-                ()
-                if rank
-                else (
-                    files | cli.find_weights(args.teachers, args.weights_dir, fetch=False)
-                ).items()
-            )
-            made_from |= {
-                f"weights of {t}": sha256(np.memmap(f, mode="r")).hexdigest()
-                for t, f in files
-                if f.exists()
-            }
-            outputs = cli.open_cache(
-                args.cache, {} if rank else made_from, row, n
-            )  # process 0 has compared it
-            rows = np.argsort(data.epoch_order(0, 0, n))  # row k is sample k of the first epoch
-        tiles = CachedTiles(tiles, rows, outputs, args.seed)
-    if world > 1 and not rank:
+def is_process_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print, in process 0 alone."""
+    if is_process_0():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def process_0_first(world: int) -> Iterator[None]:
+    """The others wait until process 0 has gone through the block."""
+    if world > 1 and not is_process_0():
         dist.barrier()
-    if teachers and (demo or args.cache):
-        todo = [
-            row
-            for row in np.flatnonzero(outputs["done"] == 0).tolist()
-            if demo or row % world == rank
-        ]
-        tiles.fill(lambda batch: to_device(batch)[1], todo, workers)
-        if world > 1:
-            dist.barrier()  # each process has made its share of the cache
-        if args.cache and not rank:
-            Path(args.cache, "complete").touch()
-    if not checkpoint and not rank:  # statistics of the targets: measured once, then frozen
-        n = args.stats_tiles or (
-            64 if device.type == "cpu" and not set(args.teachers) <= set(cli.OFFLINE) else 1024
-        )
-        read = data.batches(
-            tiles, range(n), min(n, args.batch_size), workers, label="target statistics"
-        )
-        standardizers.measure(to_device(batch)[1] for batch in read)
-    for buffer in standardizers.buffers() if world > 1 else ():
-        dist.broadcast(buffer, 0)
-    optimizer = torch.optim.AdamW(
-        student.parameter_groups(), lr=args.lr, betas=BETAS, fused=device.type != "mps"
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if checkpoint:
-        for name, model in {"student": student, "standardizers": standardizers}.items():
-            load_strictly(model, checkpoint[name], f"{out}/last.pt, its {name},")
-        try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            scaler.load_state_dict(
-                checkpoint["scaler"] or scaler.state_dict()
-            )  # empty where none was needed
-        except Exception:  # noqa: BLE001 - other groups, keys, types: many types, and all mean the same
-            raise InputError(
-                f"{out}/last.pt: its optimizer is of another run; put a whole copy there"
-            ) from None
-    model = torch.compile(Distiller(student)) if args.compile else Distiller(student)
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    yield
+    if world > 1 and is_process_0():
+        dist.barrier()
 
-    def save(
-        step: int,
-    ) -> None:  # wherever it stops, last.pt is a whole checkpoint, the others are not older
-        config = {
-            "student": args.student,
-            "arch": STUDENTS[args.student],
-            "nested_dims": args.dims,
-            "step": step,
-        }
-        config |= {
-            "steps": args.steps,
-            "teachers": args.teachers,
-            "teacher_recipe": recipe,
-            "licences": licences,
-        }
-        if step:
-            save_atomically({"state_dict": vit.state_dict(), "config": config}, out / "student.pt")
-            listed = "".join(f"\n  - {repr(name)[1:-1]}: {text}" for name, text in licences.items())
-            words = {"size": millions(vit), "source": source, "dtype": dtype, "licences": listed}
-            save_atomically(
-                CARD.format(**vars(args) | config | config["arch"] | words).encode(),
-                out / "model_card.md",
-            )
-        parts = {
-            "student": student,
-            "standardizers": standardizers,
-            "optimizer": optimizer,
-            "scaler": scaler,
-        }
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {
-            "step": step,
-            "args": vars(args) | {"stop_at": None},
-            "tiles": fingerprint,
-            "licences": licences,
-        }
-        save_atomically(state, out / "last.pt")
 
-    # The loop
-    log, ks = (
-        out / "log.jsonl",
-        range(start * args.batch_size + rank, stop * args.batch_size, world),
-    )
-    if not checkpoint and not rank:
-        save(0)  # a run can be resumed from its first moment, with the same targets
-    elif not rank and log.exists():  # what comes after the checkpoint is done and written again
-        lines = [
-            x
-            for x in log.read_bytes().splitlines()
-            if x[:9] == b'{"step": ' and x[-2:] == b"}}" and x.isascii()
-        ]
-        save_atomically(
-            b"".join(x + b"\n" for x in lines if int(x[9 : x.index(b",")]) <= start), log
-        )
-    loader = data.batches(tiles, ks, micro_batch, workers, pin=device.type == "cuda")
-    done, logged, logged_at = start, start, (began := time.monotonic())
-    numbers = [
-        *(f"the outputs of teacher {t} are" for t in args.teachers),
-        "the loss is",
-        "the gradient is",
-    ]
-    first_bad, dead = (
-        torch.full((len(numbers),), math.inf, device=device),
-        [],
-    )  # the step from which each is not finite
-    came = np.zeros(
-        1, int
-    )  # SIGTERM or Ctrl-C, which end the loop after a step, on all processes after the same one
-    before = {
-        number: signal(number, lambda number, _: came.fill(number)) for number in (SIGTERM, SIGINT)
-    }
-    try:
-        while done < stop:
-            lr = learning_rate(done, args.steps, args.lr)
-            done += 1
-            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
-            optimizer.zero_grad()
-            sums = 0.0  # (teachers + 1,): of each one's targets, and the loss
-            for micro in range(1, args.accumulate + 1):
-                images, outputs = to_device(next(loader))
-                targets = standardizers(outputs)  # float32
-                model.require_backward_grad_sync = (
-                    micro == args.accumulate
-                )  # DDP: gradients meet in the last pass
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, parts = model(images, targets)
-                scaler.scale(loss / args.accumulate).backward()
-                of_teachers = [y["summary"].sum() + y["patches"].sum() for y in targets.values()]
-                sums += torch.stack([*of_teachers, loss.detach()])
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(student.parameters(), CLIP)
-            finite = torch.stack([*sums, norm]).isfinite()
-            finite[-1] |= (
-                scaler.is_enabled()
-            )  # where fp16 overflows, the scaler skips the step and lowers its scale
-            first_bad = first_bad.minimum(torch.where(finite, math.inf, done))
-            optimizer.found_inf = (
-                first_bad.min() <= done
-            ).float()  # from then on fused AdamW leaves all as it is
-            scaler.step(optimizer)
-            scaler.update()
-            if world > 1 and done % 10 == 0:
-                dist.all_reduce(torch.from_numpy(came), dist.ReduceOp.MAX)
-            if came[0] and (world == 1 or done % 10 == 0):
-                stop = done
-            logs, saves = (
-                done % every == 0 or done == stop for every in (args.log_every, args.save_every)
-            )
-            if not (logs or saves):  # only to log and to save the host waits for the device
-                continue
-            if world > 1:
-                dist.all_reduce(sums)
-                dist.all_reduce(
-                    first_bad, dist.ReduceOp.MIN
-                )  # on every process, so that all leave together
-            spreads = {
-                f"{t} at dim {m}": parts[m][t]["spread"] for m in parts for t in args.teachers
-            }
-            was_dead, dead, why = (
-                dead,
-                [head for head, spread in spreads.items() if spread < 1e-6],
-                "",
-            )
-            if (bad := min(steps := first_bad.tolist())) < math.inf:
-                why = f"{numbers[steps.index(bad)]} not finite"
-            elif scaler.is_enabled() and scaler.get_scale() < 1:  # halved more than 16 times
-                why = "the gradient is not finite in fp16, at any scale"
-            elif was_dead and dead:  # for a while
-                why = (
-                    "the student has collapsed"
-                    if len(dead) == len(spreads)
-                    else f"dead adaptor of teacher {dead[0]}"
-                )
-            if why:
-                why = f"step {min(bad, done):.0f}: {why}; {out}/last.pt is from before"
-                raise InputError(f"{why}: begin another run, with a lower --lr or --precision fp32")
-            if logs and not rank:
-                now, text, terms, ends = time.monotonic(), "", {}, (max(parts), min(parts))
-                for t in (
-                    args.teachers
-                ):  # terms at the largest/smallest dim, of this process's last batch
-                    terms |= {
-                        f"{t}/{key}": {m: parts[m][t][key].item() for m in ends}
-                        for key in parts[ends[0]][t]
-                    }
-                    cosines = (
-                        parts[m][t][key] for key in ("summary_cos", "patch_cos") for m in ends
-                    )
-                    text += "  {} summary {:.2f}/{:.2f} patch {:.2f}/{:.2f}".format(t, *cosines)
-                rate = (done - logged) * args.batch_size / (now - logged_at)
-                eta = (stop - done) * (now - began) / (done - start)
-                logged, logged_at, loss = done, now, sums[-1].item() / args.accumulate / world
-                peak = torch.cuda.max_memory_allocated() / 1e9
-                line = {
-                    "step": done,
-                    "loss": loss,
-                    "lr": lr,
-                    "tiles_per_s": rate,
-                    "peak_gb": peak,
-                    "terms": terms,
-                }
-                try:
-                    with open(log, "a") as file:
-                        file.write(json.dumps(line) + "\n")
-                except OSError as error:
-                    raise InputError(
-                        f"cannot write {log}: {error}; free some space, then --resume {out}"
-                    ) from None
-                text += f"  lr {lr:.1e}  {rate:.3g} tiles/s{f'  {peak:.1f} GB' if peak else ''}  ETA {eta:.0f} s"
-                say(f"step {done}/{args.steps}  loss {loss:.3f}{text}")
-            if saves and not rank:
-                save(done)
-    finally:
-        for number, handler in before.items():
-            signal(number, handler)
-    if stop < args.steps or came[0]:
+def mean_over_processes(value: Tensor) -> Tensor:
+    if not dist.is_initialized():
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
+
+
+# ---- the first lines ----
+
+
+def introduce_student(
+    args: argparse.Namespace,
+    source: Source | None,
+    student: Student,
+    adaptors: Adaptors,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    if source is None and args.data is None and not all_offline(args.teachers):
         say(
-            f"stopped after step {stop} of {args.steps}; go on with: python train.py --resume {out}"
+            "no --data: drawn tissue only shows that weights, memory and speed are in order; "
+            "for a student of use give --data"
         )
-    elif not rank:
-        if demo:  # its table
-            models = {
-                f"teacher {name}": (teacher, [teacher.embed_dim])
-                for name, teacher in teachers.items()
-            }
-            models["student"] = (student.eval(), student.nested_dims)
-            evaluate.report(models, [out], None, args.seed, ["knn"])
-        print(f"\nSaved {out}/student.pt. Next:\n  python evaluate.py {out} [--data labelled/]")
-    return 128 + int(came[0]) if came[0] else None
+    size = f"{millions(student):.3f} M parameters"
+    dims = f"nested dims {adaptors.nested_dims}"
+    say(f"student {args.student}: {size}, {dims}, on {device} in {dtype}")
+
+
+def introduce_run(args: argparse.Namespace, source: Source, student: Student, world: int) -> None:
+    """What follows from the flags: teachers, licences, tiles, epochs, what is enlarged."""
+    for t in args.teachers:
+        arch = TEACHERS[t].arch
+        with torch.device("meta"):
+            vit = VisionTransformer(**arch)
+        size = f"{millions(vit):.3f} M parameters, width {vit.width}, grid {vit.grid}"
+        say(f"teacher {t}: {size}; licence {TEACHERS[t].licence}")
+        times = vit.img_size / student.img_size
+        if times > 1.5:
+            say(f"  crops of {student.img_size} px are enlarged {times:.1f} times for it")
+    epochs = args.steps * args.batch_size / len(source)
+    epochs = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.1f}"
+    say(f"{args.steps:,} steps of {args.batch_size} are {epochs} epochs of {source.description}")
+    say(f"on {world} process(es), into {args.out}")
+
+
+# ---- the run's folder: checkpoints ----
+
+
+def check_folder(args: argparse.Namespace, checkpoint: dict | None, source: Source | None) -> None:
+    """A new run's folder is made; an old run goes on with the program that began it. InputError."""
+    if checkpoint is None:
+        if is_process_0():
+            claim_folder(args.out)
+        return
+    begun_by = checkpoint["record"]["program"]
+    program = "python train.py" if source is None else source.program
+    if begun_by != program:
+        raise InputError(
+            f"--resume: {args.out} was begun by {begun_by}; "
+            f"go on with: {begun_by} --resume {args.out}"
+        )
+
+
+def claim_folder(out: str) -> None:
+    """Make a run's folder. InputError: it holds a run that has saved; one that has not may go."""
+    folder = Path(out)
+    number = 2
+    while Path(f"{out}-{number}").exists():
+        number += 1
+    another = f"begin another with --out {out}-{number}"
+    if (folder / "last.pt").exists():
+        raise InputError(f"--out: {out} holds a run; go on with --resume {out}, or {another}")
+    if (folder / "student.pt").exists():
+        raise InputError(f"--out: {out} holds a student; {another}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "log.jsonl").exists():
+        print(f"{out} holds the log of a run that has saved nothing: it begins anew")
+        (folder / "log.jsonl").unlink()
+
+
+def save_checkpoint(
+    args: argparse.Namespace, parts: dict, source: Source, licences: dict[str, str], step: int
+) -> None:
+    """Write student.pt, for use, and then last.pt, for --resume, after `step` completed steps.
+
+    parts: {name: module, optimiser or scaler}
+    Of all else that a step needs nothing has to be kept: tiles, views and rate are functions of the
+    step. Whoever draws random numbers in the loop must seed them by it, or a resume is not exact.
+    """
+    student = parts["student"]
+    config = {
+        "student": args.student,
+        "arch": STUDENTS[args.student],
+        "nested_dims": parts["adaptors"].nested_dims,
+        "step": step,
+        "steps": args.steps,
+        "teachers": args.teachers,
+        "teacher_recipe": {"steps": args.teacher_steps, "seed": args.teacher_seed},
+        "licences": licences,
+        "tiles": source.description,
+    }
+    content = {"state_dict": student.backbone.state_dict(), "config": config}
+    save_atomically(content, Path(args.out, "student.pt"))
+
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state["step"] = step
+    state["record"] = {
+        "description": source.description,
+        "fingerprint": source.fingerprint,
+        "program": source.program,
+        "licences": licences,
+    }
+    state["args"] = {key: value for key, value in vars(args).items() if key != "stop_at"}
+    save_atomically(state, Path(args.out, "last.pt"))
+
+
+def load_checkpoint(folder: str) -> dict:
+    """What save_checkpoint wrote to last.pt. InputError: there is none, or it is something else."""
+    file = Path(folder, "last.pt")
+    if not file.exists():
+        raise InputError(f"--resume: {file} does not exist; give a run's folder that has saved")
+    checkpoint = read_weights(file)
+    for key in ["step", "args", "record", *PARTS]:
+        if key not in checkpoint:
+            raise InputError(f"--resume: {file} is no checkpoint of this train.py: it lacks {key}")
+    return checkpoint
+
+
+def restore(args: argparse.Namespace, parts: dict, checkpoint: dict, source: Source) -> None:
+    """Put every part of a run back to where the checkpoint was written.
+
+    InputError: other tiles than those that the run began with, or a part that does not fit.
+    """
+    began = checkpoint["record"]
+    if began["fingerprint"] != source.fingerprint:
+        raise InputError(
+            f"--data: {args.out} began with {began['description']}; "
+            f"{source.description} are others; give the same ones"
+        )
+    for name, part in parts.items():
+        where = f"{args.out}/last.pt, its {name},"
+        if isinstance(part, nn.Module):
+            load_strictly(part, checkpoint[name], where)
+            continue
+        if name == "scaler" and not checkpoint[name]:
+            continue  # the run began without fp16, and goes on with it on another machine
+        try:
+            part.load_state_dict(checkpoint[name])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{where} is of another run ({error}); begin another") from None
+
+
+# ---- the run's folder: the log ----
+
+
+class Clock:
+    """How fast the steps are done."""
+
+    def __init__(self, done: int):
+        self.done = done
+        self.time = time.monotonic()
+
+    def steps_per_second(self, done: int) -> float:
+        """Since it was last asked."""
+        now = time.monotonic()
+        rate = (done - self.done) / (now - self.time)
+        self.done = done
+        self.time = now
+        return rate
+
+
+def log(
+    args: argparse.Namespace,
+    done: int,
+    stop: int,
+    numbers: dict[str, float],
+    terms: dict[str, Tensor],
+    clock: Clock,
+) -> None:
+    """A line of log.jsonl with all numbers and terms, and a shorter one on the screen.
+
+    numbers: of the step. terms: of the loss, of the step's last pass in this process.
+    """
+    rate = clock.steps_per_second(done)
+    line = {"step": done}
+    for name, value in numbers.items():
+        line[name] = finite_or_none(value)
+    line["tiles_per_s"] = args.batch_size * rate
+    line["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    values = torch.stack(list(terms.values())).tolist()  # one transfer, not one a term
+    line["terms"] = {}
+    for name, value in zip(terms, values, strict=True):
+        line["terms"][name] = finite_or_none(value)
+    append_line(Path(args.out, "log.jsonl"), json.dumps(line))
+    text = f"step {done}/{args.steps}  loss {numbers['loss']:.3f}  {cosines(line['terms'])}"
+    text += f"  lr {numbers['lr']:.1e}  {line['tiles_per_s']:.3g} tiles/s"
+    if line["peak_gb"] > 0:
+        text += f"  {line['peak_gb']:.1f} GB"
+    print(f"{text}  ETA {(stop - done) / rate:.0f} s", flush=True)
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no inf and no nan; in fp16 a step that is skipped has them."""
+    return value if math.isfinite(value) else None
+
+
+def append_line(file: Path, line: str) -> None:
+    """Append a line. If a kill or a full disk left half a line before, that one is ended first.
+
+    InputError: it cannot be written.
+    """
+    try:
+        with open(file, "a+b") as lines:
+            size = lines.seek(0, os.SEEK_END)
+            lines.seek(max(0, size - 1))
+            if lines.read(1) not in (b"", b"\n"):
+                lines.write(b"\n")
+            lines.write(line.encode() + b"\n")
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error}; free some space, then --resume") from None
+
+
+def cosines(terms: dict[str, float]) -> str:
+    """For the screen: the terms "TEACHER/NAME_cos@M" at the largest / at the smallest M."""
+    found = {}  # {"TEACHER/NAME": {M: value}}
+    for term, value in terms.items():
+        match = re.fullmatch(r"(.+)_cos@(\d+)", term)
+        if match and value is not None:
+            found.setdefault(match[1], {})[int(match[2])] = value
+    texts = []
+    for name, values in found.items():
+        texts.append(f"{name} {values[max(values)]:.2f}/{values[min(values)]:.2f}")
+    return "  ".join(texts)
+
+
+def stop_if_not_finite(step: int, numbers: dict[str, float], scaler, out: str) -> None:
+    """InputError: the run is lost. What is saved is from before.
+
+    In fp16 the scaler skips a step whose gradient is not finite, and halves its scale; only when
+    that has gone on for long is the run lost.
+    """
+    why = ""
+    if scaler.is_enabled():
+        if scaler.get_scale() < 1:
+            why = "the gradient is not finite in fp16, at any scale"
+    elif not math.isfinite(numbers["loss"]):
+        why = "the loss is not finite"
+    elif not math.isfinite(numbers["grad_norm"]):
+        why = "the gradient is not finite"
+    if why:
+        raise InputError(
+            f"step {step}: {why}; what {out} holds is from before: begin another run, "
+            "with a lower --lr or --precision fp32"
+        )
+
+
+# ---- the flags ----
+
+
+def make_flags() -> argparse.ArgumentParser:
+    """The command line. Defaults that depend on the student are set by parse_args."""
+    parser = make_parser("train.py", __doc__)
+    add = parser.add_argument
+    add(
+        "--teachers",
+        type=name_list,
+        default=OFFLINE,
+        help=f"of {', '.join(TEACHERS)} (default: the offline two)",
+    )
+    add("--student", choices=STUDENTS, help="(default: toy for offline teachers, else vit_b)")
+    add("--dims", type=dim_list, help=f"nested dims; the width is always one {by_student('dims')}")
+    add("--data", type=path, nargs="+", help="folders of tiles (default: drawn tissue)")
+    add("--out", type=path, help="the run's folder (default: runs/demo, or runs/TEACHERS-STUDENT)")
+    add("--resume", type=path, metavar="DIR", help="go on with this run; its flags are restored")
+    add("--init", type=path, help="begin from a teacher (vit_b: dinov2_b), a run or a file")
+
+    add("--steps", type=positive, help=f"optimiser steps; fix the schedule {by_student('steps')}")
+    add("--stop-at", type=positive, help="stop after this step, to go on later with --resume")
+    add("--batch-size", type=positive, help=f"tiles a step, in all {by_student('batch_size')}")
+    add("--accumulate", type=positive, default=1, help="passes a step, when memory is short")
+    add("--lr", type=float, help=f"the highest rate {by_student('lr')}")
+    add("--seed", type=natural, default=0, help="of the student, and of order and view of tiles")
+    add("--standardize", choices=["phi-s", "channel", "none"], default="phi-s", help="the targets")
+    add("--stats-tiles", type=positive, help="to measure targets on (default: 1024; slow CPU: 64)")
+    add("--teacher-steps", type=positive, default=500, help="training of the offline teachers")
+    add("--teacher-seed", type=natural, default=0, help="of the offline teachers")
+
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    add("--compile", action="store_true", help="torch.compile all models; for long GPU runs")
+    add("--device", type=path, help="cuda, mps or cpu (default: the best at hand)")
+    add("--workers", type=natural, help="that read tiles (default: 8 a GPU; 0 on a CPU)")
+    add("--weights-dir", type=path, default="weights", help="where teachers' files are, or go")
+    add("--save-every", type=positive, help=f"steps {by_student('save_every')}")
+    add("--log-every", type=positive, help="steps (default: a tenth of them, at most 50)")
+    add("--cache", help=argparse.SUPPRESS)  # what it was is a program of its own now
+    return parser
+
+
+def by_student(key: str) -> str:
+    """For a flag's help: its default for every student."""
+    return "(" + ", ".join(f"{name}: {DEFAULTS[name][key]}" for name in DEFAULTS) + ")"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, with defaults, checked. InputError names the one that is wrong."""
+    parser = make_flags()
+    args = parser.parse_args(argv)
+    if args.cache:
+        raise InputError(
+            "--cache: it is a program now: python -m extras.cache FOLDER, then these flags"
+        )
+    if args.resume:
+        return restore_args(parser, argv, args.resume)
+    check_names(args.teachers)
+    offline = all_offline(args.teachers)
+    student = args.student or ("toy" if offline else "vit_b")
+    name = "demo" if offline else "-".join([*args.teachers, student])
+    parser.set_defaults(student=student, out=f"runs/{name}", **DEFAULTS[student])
+    args = parser.parse_args(argv)  # once more, with the defaults of this student
+    args.dims = sorted({*args.dims, STUDENTS[student]["width"]})
+    if args.log_every is None:
+        args.log_every = max(1, min(50, args.steps // 10))
+    if not 0 < args.lr < math.inf:
+        raise InputError(f"--lr: {args.lr} is no positive number; try {DEFAULTS[student]['lr']}")
+    return args
+
+
+def restore_args(parser: argparse.ArgumentParser, argv, folder: str) -> argparse.Namespace:
+    """The flags that a run was begun with; those in MAY_CHANGE may be typed anew."""
+    begun_with = load_checkpoint(folder)["args"]  # `main` reads the rest of the checkpoint
+    begun_with |= {"resume": folder, "out": folder}
+    parser.set_defaults(**begun_with)
+    args = parser.parse_args(argv)
+    args.dims = sorted({*args.dims, STUDENTS[args.student]["width"]})
+    for key, value in begun_with.items():
+        if key not in MAY_CHANGE and getattr(args, key) != value:
+            flag = "--" + key.replace("_", "-")
+            raise InputError(f"{flag}: this run has {value}; drop the flag, or begin another run")
+    return args
 
 
 if __name__ == "__main__":
-    cli.run_main(lambda: train(parse_args()))
+    run_program(lambda: main(parse_args()))

@@ -1,4 +1,5 @@
-"""Shared by all tests: two processes, the repo on the path, oracles, tiny teachers and tiles, a copy of the sources."""
+"""Shared by all tests: the repo on the path, oracles, tiny teachers and tiles, a copy of the
+sources; and the whole suite in two processes."""
 
 import importlib
 import io
@@ -17,49 +18,44 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+LONGEST = ["test_readme.py", "test_train.py", "test_teachers.py", "test_stops.py"]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """The whole suite, where pytest-xdist is installed: two processes, a file at a time. Not with a path, -k or -m, nor
-    with what asks for one process: -n 0, -s, --pdb, -p no:xdist."""
-    option, has = config.option, config.pluginmanager.hasplugin
-    if (
-        not has("xdist")
-        or hasattr(config, "workerinput")
-        or option.numprocesses is not None
-        or option.tx
-    ):
+    """The whole suite, where pytest-xdist is installed: two processes, a file at a time.
+
+    Not with a path, -k or -m, nor with what asks for one process: -n 0, -s, --pdb, -p no:xdist.
+    """
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return
-    some = option.file_or_dir or option.keyword or option.markexpr or option.collectonly
-    if (
-        not some
-        and option.capture != "no"
-        and not option.usepdb
-        and not option.trace
-        and (os.cpu_count() or 1) > 1
-    ):
-        option.numprocesses, option.dist, option.loadscopereorder = 2, "loadfile", False
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # which each of the two reads when it starts
+    if option.numprocesses is not None or option.tx:
+        return
+    if option.file_or_dir or option.keyword or option.markexpr or option.collectonly:
+        return
+    if option.capture == "no" or option.usepdb or option.trace or os.cpu_count() == 1:
+        return
+    option.numprocesses = 2
+    option.dist = "loadfile"
+    option.loadscopereorder = False
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # which each of the two reads when it starts
 
 
 def pytest_configure():
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # in the background of a script; what it starts inherits that
+    # In the background of a script Ctrl-C is ignored, and what the tests start would inherit that
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
-    if hasattr(
-        config, "workerinput"
-    ):  # the longest files first, so that both processes end at about the same time
-        longest = ["test_readme.py", "test_train.py", "test_teachers.py", "test_stops.py"]
-        items.sort(key=lambda item: (*longest, item.path.name).index(item.path.name))
+    """The longest files first, so that both processes end at about the same time."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
 
 
 def oracle(name: str):
-    """A library that tests compare with. Missing: the test skips and says so; on CI (CI=true) it fails."""
+    """A library that tests compare with. Missing: the test skips; on CI (CI=true) it fails."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -70,14 +66,15 @@ def oracle(name: str):
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter random and far from its initial value, so that an unused or swapped one shows."""
+    """Every parameter random and far from its start, so that an unused or swapped one shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
-            p.copy_(
-                torch.randn(p.shape, generator=generator) * (0.05 if p.ndim > 1 else 0.3)
-                + (p.ndim == 1) * 0.5
-            )
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim > 1:
+                p.copy_(0.05 * noise)
+            else:
+                p.copy_(0.3 * noise + 0.5)
     return module.eval()
 
 
@@ -88,14 +85,15 @@ def weights_dir(tmp_path_factory) -> Path:
 
 
 def copy_sources(folder: Path) -> Path:
-    """The six files, for commands to run in; evaluation on drawn tissue takes 64 tiles instead of 2048."""
+    """The six files and extras/, for commands to run in; evaluation on 64 tiles of drawn tissue."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
+    no_bytecode = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "extras", folder / "extras", ignore=no_bytecode)
     evaluation = (folder / "evaluate.py").read_text()
-    assert evaluation.count(", N_TILES = 100_000, 2048 ") == 1
-    (folder / "evaluate.py").write_text(
-        evaluation.replace(", N_TILES = 100_000, 2048 ", ", N_TILES = 100_000, 64 ")
-    )
+    assert evaluation.count("\nN_TILES = 2048") == 1
+    evaluation = evaluation.replace("\nN_TILES = 2048", "\nN_TILES = 64")
+    (folder / "evaluate.py").write_text(evaluation)
     return folder
 
 
@@ -113,13 +111,15 @@ def write_tiles(
 
 
 def write_shard(path: Path, files: dict[str, bytes], neighbours: bool = True, **options) -> Path:
-    """A tar of files, each between the .cls and .json of its name that WebDataset puts beside it."""
+    """A tar of files, each between the .cls and .json of its name that WebDataset puts there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as shard:
         for name, content in files.items():
-            stem = name[: name.rfind(".")]
-            beside = {f"{stem}.cls": b"3", name: content, f"{stem}.json": b'{"slide": 1}'}
-            for member, text in beside.items() if neighbours else [(name, content)]:
+            members = {name: content}
+            if neighbours:
+                stem = name[: name.rfind(".")]
+                members = {f"{stem}.cls": b"3", name: content, f"{stem}.json": b'{"slide": 1}'}
+            for member, text in members.items():
                 info = tarfile.TarInfo(member)
                 info.size = len(text)
                 shard.addfile(info, io.BytesIO(text))

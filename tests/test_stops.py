@@ -1,55 +1,48 @@
-"""Runs that are stopped, killed, short of disk or crowded: nothing is lost, and one line says what happened."""
+"""Runs that are stopped, killed, damaged or short of disk: at most a few steps are lost, one line
+says what happened, and whoever goes on comes to the same end, bit for bit."""
 
 import builtins
 import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_tiles
-from forks import Child, pair
-from test_train import assert_same, checkpoint, losses
+from forks import Child, nothing, pair, run_training
+from test_train import assert_same, checkpoint, launch, losses, student_file
 
 import data
 import evaluate
 import losses as losses_module
-import student
 import teachers
 import train
+from data import InputError
+from student import Adaptors, Student
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="forks, signals and limits of Linux"
 )
-ONE = [
-    "--teachers",
-    "toy_cells",
-    "--teacher-steps",
-    2,
-    "--device",
-    "cpu",
-    "--dims",
-    4,
-    "--stats-tiles",
-    2,
-]
-ONE += ["--batch-size", 2, "--log-every", 1, "--save-every", 2]
+ONE = ["--teachers", "toy_cells", "--teacher-steps", 2, "--device", "cpu", "--dims", 4]
+ONE += ["--stats-tiles", 2, "--batch-size", 2, "--log-every", 1, "--save-every", 2]
 
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Sums in one order here and in every child, which may not use more than one after a fork."""
+    """Sums in one order here and in every child, which has one thread."""
     monkeypatch.setattr(evaluate, "N_TILES", 32)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -57,115 +50,62 @@ def one_thread(monkeypatch):
     torch.set_num_threads(before)
 
 
+class Base:
+    """A folder of runs to compare with, and the flags of these runs."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.flags = [*ONE, "--data", folder / "tiles", "--weights-dir", folder / "weights"]
+        self.flags += ["--steps", 6]
+
+    def __truediv__(self, name):
+        return self.folder / name
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Six tiles, and undisturbed/: six steps over them, saves after 2, 4 and 6; half/: the same, stopped after 3."""
-    folder = tmp_path_factory.mktemp("base")
-    write_tiles(folder / "tiles", 6)
-    folder.flags = flags = [
-        *ONE,
-        "--data",
-        folder / "tiles",
-        "--weights-dir",
-        folder / "weights",
-        "--steps",
-        6,
-    ]
-    # the teachers are its own, made by one thread, as all that is compared with it
-    assert Child(*flags, "--out", folder / "undisturbed").succeeds()
-    assert Child(*flags, "--out", folder / "half", "--stop-at", 3).succeeds()
-    return folder
-
-
-class Folder(type(Path())):
-    """A folder that can carry the flags of its runs."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def folders_carry_flags(tmp_path_factory):
-    original = tmp_path_factory.mktemp
-    tmp_path_factory.mktemp = lambda *args, **kwargs: Folder(original(*args, **kwargs))
-    yield
-    tmp_path_factory.mktemp = original
+    """Six tiles, and undisturbed/: six steps over them, saves after 2, 4 and 6; half/: three."""
+    base = Base(tmp_path_factory.mktemp("base"))
+    write_tiles(base / "tiles", 6)
+    # the teacher is its own, made by one thread, as all that is compared with it
+    assert Child(*base.flags, "--out", base / "undisturbed").succeeds()
+    assert Child(*base.flags, "--out", base / "half", "--stop-at", 3).succeeds()
+    return base
 
 
 def resume(folder, *argv):
     """In this process: quick."""
-    return train.train(train.parse_args(["--resume", str(folder), *map(str, argv)]))
+    launch("--resume", folder, *argv)
 
 
-def logged(folder):
-    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+def whole_lines(folder):
+    """{step: loss} of the lines of log.jsonl that are whole; the last one of a step counts."""
+    found = {}
+    for text in (folder / "log.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            found[line["step"]] = line["loss"]
+    return found
 
 
 def assert_undisturbed(folder, base):
     """The run has come to the same end as if nothing had happened, and nothing is left behind."""
     assert_same(checkpoint(base / "undisturbed"), checkpoint(folder))
-    assert logged(folder) == logged(base / "undisturbed") and losses(folder) == losses(
-        base / "undisturbed"
-    )
-    assert not list(folder.glob("*.tmp"))
-    ours, theirs = (
-        torch.load(x / "student.pt", weights_only=True) for x in (folder, base / "undisturbed")
-    )
+    assert whole_lines(folder) == losses(base / "undisturbed")
+    names = sorted(path.name for path in folder.iterdir())
+    assert [name for name in names if not name.endswith(".tmp")] == [
+        "last.pt",
+        "log.jsonl",
+        "student.pt",
+    ]
+    ours = student_file(folder)
+    theirs = student_file(base / "undisturbed")
     assert ours["config"] == theirs["config"] and ours["config"]["step"] == 6
-    assert all(
-        torch.equal(value, theirs["state_dict"][key]) for key, value in ours["state_dict"].items()
-    )
-
-
-# ---- (a) stops ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_loop_after_a_step_and_the_resumed_run_is_the_undisturbed_one(
-    tmp_path, base, name
-):
-    flags = [*base.flags[:-1], 400, "--save-every", 1000]
-    command = [ROOT / "train.py", *flags, "--workers", 2, "--out", tmp_path / "run"]
-    process = subprocess.Popen(
-        list(map(str, [sys.executable, *command])),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    number, lines = getattr(signal, name), []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("step 2/"):  # workers alone ignore it
-            workers = [
-                int(x)
-                for x in Path(f"/proc/{process.pid}/task/{process.pid}/children")
-                .read_text()
-                .split()
-            ]
-            assert len(workers) == 2
-            for pid in workers:
-                os.kill(pid, number)
-        if line.startswith(
-            "step 6/"
-        ):  # a terminal's Ctrl-C goes to the whole group, a cluster's SIGTERM to one
-            (os.killpg if name == "SIGINT" else os.kill)(process.pid, number)
-            break
-    rest, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and not error, error
-    said = re.search(
-        r"stopped after step (\d+) of 400; go on with: python train.py --resume (.*)\n", rest
-    )
-    step = int(said[1])
-    assert said[2] == str(tmp_path / "run") and 6 <= step < 60 and rest.endswith(said[0])
-    last = checkpoint(tmp_path / "run")
-    assert last["step"] == step and logged(tmp_path / "run") == [*range(1, step + 1)]
-    assert torch.load(tmp_path / "run" / "student.pt", weights_only=True)["config"]["step"] == step
-    assert not resume(tmp_path / "run", "--stop-at", step + 3)
-    argv = [*flags, "--out", tmp_path / "undisturbed", "--stop-at", step + 3]
-    assert not train.train(train.parse_args(list(map(str, argv))))
-    assert_same(checkpoint(tmp_path / "undisturbed"), checkpoint(tmp_path / "run"))
-    assert losses(tmp_path / "undisturbed") == losses(tmp_path / "run")
+    torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=0)
 
 
 def at_step(n, action):
-    """A patch: `action` is called when step n begins."""
+    """A patch: `action` is called when step n, counted from 1, begins."""
 
     def patch():
         original = train.learning_rate
@@ -180,139 +120,123 @@ def at_step(n, action):
     return patch
 
 
-@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 1), ("SIGINT", 3), ("SIGTERM", 6)])
-def test_a_signal_in_the_first_a_middle_and_the_last_step(tmp_path, base, name, step):
-    number = getattr(signal, name)
-    child = Child(
-        *base.flags,
-        "--out",
-        tmp_path / "run",
-        patch=at_step(step, lambda: os.kill(os.getpid(), number)),
-    )
-    assert child.wait() == 128 + number and not child.err, child.err
-    assert (
-        f"stopped after step {step} of 6; go on with: python train.py --resume {tmp_path}/run\n"
-        in child.out
-    )
-    assert checkpoint(tmp_path / "run")["step"] == step and logged(tmp_path / "run") == [
-        *range(1, step + 1)
-    ]
-    assert not resume(tmp_path / "run")
-    assert_undisturbed(tmp_path / "run", base)
+def send(number):
+    """An action: the process sends itself a signal."""
+    return lambda: os.kill(os.getpid(), number)
 
 
-def test_an_impatient_user_and_a_signal_while_a_checkpoint_is_written(tmp_path, base):
+# ---- Ctrl-C --------------------------------------------------------------------------------------
+INTERRUPTED = re.compile(r"train\.py: interrupted; .*--resume.*\n")
+
+
+@pytest.mark.parametrize(("step", "saved"), [(1, 0), (4, 2), (6, 4)])
+def test_ctrl_c_in_a_step_is_one_line_and_the_run_goes_on(tmp_path, base, step, saved):
+    out = tmp_path / "run"
+    child = Child(*base.flags, "--out", out, patch=at_step(step, send(signal.SIGINT)))
+    assert child.wait() == 130 and INTERRUPTED.fullmatch(child.err), child.err
+    assert not list(out.glob("*.tmp"))
+    if saved:
+        assert checkpoint(out)["step"] == saved
+        resume(out)
+    else:
+        assert not (out / "last.pt").exists()
+        launch(*base.flags, "--out", out)
+    assert_undisturbed(out, base)
+
+
+def test_ctrl_c_with_workers_reaches_all_and_is_one_line(tmp_path, base):
+    flags = [*base.flags, "--steps", 10**6, "--workers", 2]
+    child = Child(*flags, "--out", tmp_path / "run")
+    child.until("step 3/")
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    assert child.wait() == 130 and INTERRUPTED.fullmatch(child.err), child.err
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, base):
     def patch():
-        def replace(a, b, original=os.replace):
-            if Path(b).name == "last.pt" and (base.parent / "never").exists() is False:
-                for _ in range(3):
-                    os.kill(os.getpid(), signal.SIGINT)
-                    os.kill(os.getpid(), signal.SIGTERM)
-            original(a, b)
+        saves = itertools.count(1)
 
-        at_step(2, lambda: setattr(os, "replace", replace))()
+        def interrupted(number, original=os.fsync):
+            if next(saves) == 7:  # a file and its folder each: 1 to 4 of step 2, 5 and 6 student.pt
+                os.kill(os.getpid(), signal.SIGINT)
+            original(number)
 
-    child = Child(*base.flags, "--out", tmp_path / "run", patch=patch)
-    assert child.wait() in (130, 143) and not child.err, (
-        child.err
-    )  # the save of step 2 is done, then step 3
-    assert "stopped after step 3 of 6" in child.out and checkpoint(tmp_path / "run")["step"] == 3
-    resume(tmp_path / "run")
-    assert_undisturbed(tmp_path / "run", base)
+        os.fsync = interrupted
+
+    out = tmp_path / "run"
+    child = Child(*base.flags, "--out", out, patch=patch)
+    assert child.wait() == 130 and INTERRUPTED.fullmatch(child.err), child.err
+    assert not list(out.glob("*.tmp"))
+    assert checkpoint(out)["step"] == 2 and student_file(out)["config"]["step"] == 4
+    resume(out)
+    assert_undisturbed(out, base)
 
 
-BEFORE = {  # where a run can be before its loop, and the flags for it
-    "drawing": (data, "draw_tissue", []),
-    "offline teachers": (teachers, "train_offline_teacher", ["--teacher-steps", 3]),
-    "filling a cache": (teachers.Teacher, "forward", ["--cache", "cache"]),
-    "statistics": (losses_module.Standardizers, "measure", []),
+def test_ctrl_c_before_the_last_bytes_of_a_checkpoint_is_one_line(tmp_path, base):
+    """torch's writer then ends a file that is closed already: that must not abort the process."""
+
+    def patch():
+        writer = torch.serialization._open_zipfile_writer_buffer
+        original = writer.__exit__
+
+        def interrupted(self, *args):
+            os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *args)
+
+        writer.__exit__ = interrupted
+
+    out = tmp_path / "run"
+    shutil.copytree(base / "half", out)
+    child = Child("--resume", out, patch=patch)
+    assert child.wait() == 130 and INTERRUPTED.fullmatch(child.err), child.err
+    assert not list(out.glob("*.tmp")) and checkpoint(out)["step"] == 3
+
+
+BEFORE = {  # where a run can be before its loop
+    "drawing": (data, "draw_tissue"),
+    "offline teachers": (teachers, "train_offline_teacher"),
+    "statistics": (losses_module.Standardizers, "measure"),
 }
 
 
-@pytest.mark.parametrize(
-    ("where", "name"), [*zip(BEFORE, ["SIGINT", "SIGTERM"] * 2), ("statistics", "SIGINT")]
-)
-def test_a_signal_before_the_loop_ends_at_once(tmp_path, base, where, name):
-    owner, attribute, more = BEFORE[where]
-    number = getattr(signal, name)
-    more = [tmp_path / x if x == "cache" else x for x in more]
+@pytest.mark.parametrize("where", BEFORE)
+def test_ctrl_c_before_the_loop_is_one_line_and_the_same_command_begins_anew(tmp_path, base, where):
+    owner, attribute = BEFORE[where]
 
     def patch():
         original = getattr(owner, attribute)
 
-        def signalled(*args, **kwargs):
-            os.kill(os.getpid(), number)
-            time.sleep(0.01)
+        def interrupted(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT)
             return original(*args, **kwargs)
 
-        setattr(owner, attribute, signalled)
+        setattr(owner, attribute, interrupted)
 
-    flags = [
-        *base.flags,
-        *more,
-        "--weights-dir",
-        tmp_path if "teachers" in where else base.flags[-3],
-    ]
-    if where == "drawing":
-        flags.remove("--data")
-        flags.remove(base / "tiles")
-    child = Child(*flags, "--out", tmp_path / "run", patch=patch)
-    assert child.wait() in ([130] if name == "SIGINT" else [143, -15]), child.out + child.err
-    assert (
-        child.err.count("\n") <= 1 and "Traceback" not in child.err and "step 1/" not in child.out
-    )
-    assert not (tmp_path / "run" / "last.pt").exists()
-    if where != "drawing":
-        assert Child(
-            *flags, "--out", tmp_path / "run"
-        ).succeeds()  # the same command begins anew or goes on
-    if where == "statistics":
-        assert_undisturbed(tmp_path / "run", base)
+    flags = [*base.flags, "--out", tmp_path / "run"]
+    if where != "statistics":
+        flags += ["--weights-dir", tmp_path / "weights"]  # an empty one
+    child = Child(*flags, patch=patch)
+    assert child.wait() == 130 and INTERRUPTED.fullmatch(child.err), child.err
+    assert "step 1/" not in child.out and not list(tmp_path.rglob("*.pt*"))
+    assert Child(*flags).succeeds()
+    assert_undisturbed(tmp_path / "run", base)
 
 
-def test_two_processes_leave_together_wherever_the_signal_comes(tmp_path, base):
-    flags = [*base.flags[:-1], 60, "--save-every", 1000]
-    for process in pair(*flags, "--stop-at", 26, "--out", tmp_path / "undisturbed"):
-        assert process.succeeds()
-
-    def signal_itself(number):
-        return lambda: os.kill(os.getpid(), number)
-
-    never = at_step(99, lambda: None)
-    cases = {  # at which step which process gets what
-        "rank 1 alone": ((never, at_step(13, signal_itself(signal.SIGTERM))), 20, 143),
-        "Ctrl-C": (
-            (at_step(4, signal_itself(signal.SIGINT)), at_step(11, signal_itself(signal.SIGINT))),
-            10,
-            130,
-        ),
-    }
-    for name, (patches, step, code) in cases.items():
-        out = tmp_path / name
-        processes = pair(*flags, "--out", out, patches=patches)
-        assert [process.wait() for process in processes] == [code, code], [x.err for x in processes]
-        assert checkpoint(out)["step"] == step and logged(out) == [*range(1, step + 1)], name
-        assert processes[0].out.count(f"stopped after step {step} of 60; go on with:") == 1
-        assert "stopped" not in processes[1].out
-    for process in pair("--resume", tmp_path / "rank 1 alone", "--stop-at", 26):
-        assert process.succeeds()
-    assert_same(checkpoint(tmp_path / "undisturbed"), checkpoint(tmp_path / "rank 1 alone"))
-    assert losses(tmp_path / "undisturbed") == losses(tmp_path / "rank 1 alone")
-
-
-# ---- (b) kills ------------------------------------------------------------------------------------------------------
+# ---- kills ---------------------------------------------------------------------------------------
 class Watched:
     """A file that reports every write."""
 
     def __init__(self, file, event):
-        self.file, self.event = file, event
+        self.file = file
+        self.event = event
+        self.path = os.fspath(file.name)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.file.close()
-        self.event("closed", os.fspath(self.file.name))
+        self.event("closed", self.path)
 
     def __getattr__(self, name):
         return getattr(self.file, name)
@@ -322,66 +246,77 @@ class Watched:
         for kind, part in (("half written", content[:half]), ("written", content[half:])):
             self.file.write(part)
             self.file.flush()
-            self.event(kind, os.fspath(self.file.name))
+            self.event(kind, self.path)
         return len(content)
 
 
+def told(kind, event, original, which):
+    """The call of the system, with an event before and after; which(*args): its path."""
+
+    def call(*args):
+        path = os.fspath(which(*args))
+        event(f"before {kind}", path)
+        result = original(*args)
+        event(f"after {kind}", path)
+        return result
+
+    return call
+
+
 def watch(event):
-    """A patch: event(kind, path) before and after each call by which a save or a log line changes the folder."""
+    """A patch: event(kind, path) at each call by which a save or a log line changes the folder."""
 
     def open_(path, mode="r", *args, **kwargs):
-        file = builtins.open(path, mode, *args, **kwargs)  # noqa: SIM115 - handed on
-        return file if mode in ("r", "rb") else Watched(file, event)
-
-    def told(kind, original, which=lambda *args: args[0]):
-        def call(*args, **kwargs):
-            path = os.fspath(which(*args))
-            event(f"before {kind}", path)
-            result = original(*args, **kwargs)
-            event(f"after {kind}", path)
-            return result
-
-        return call
+        file = builtins.open(path, mode, *args, **kwargs)
+        if mode in ("r", "rb"):
+            return file
+        return Watched(file, event)
 
     def patch():
-        for module in (student, train, data):
-            module.open = open_
-        os.replace = told("replace", os.replace, lambda a, b: b)
-
-        os.fsync = told("fsync", os.fsync, lambda number: os.readlink(f"/proc/self/fd/{number}"))
-        os.unlink = told("unlink", os.unlink)
+        train.open = open_
+        data.open = open_
+        os.replace = told("replace", event, os.replace, lambda a, b: b)
+        os.fsync = told("fsync", event, os.fsync, lambda n: os.readlink(f"/proc/self/fd/{n}"))
 
     return patch
 
 
+def short(path):
+    """The name of a file; of a temporary one, without the process's number."""
+    return re.sub(r"\.\d+\.tmp$", ".tmp", os.path.basename(path))
+
+
 def state_of(folder):
-    """{name, the process left out: hash of what it holds}."""
-    hashes = {
-        path: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.iterdir()
-        if path.name != "lock"
-    }
-    return {re.sub(r"\.\d+\.tmp$", ".tmp", path.name): value for path, value in hashes.items()}
+    """{name: hash of what the file holds}."""
+    state = {}
+    for path in folder.iterdir():
+        state[short(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return state
+
+
+def copy_or_link(source, target):
+    """A file that is replaced, never changed, need not be copied."""
+    if source.endswith(".pt"):
+        os.link(source, target)
+    else:
+        shutil.copy(source, target)
 
 
 @pytest.fixture(scope="module")
 def moments(base):
-    """What a SIGKILL would leave in the run folder at each moment of an undisturbed run: [(event, folder)]."""
-    out, kept = base / "watched", base / "moments"
+    """What a SIGKILL would leave in the run's folder at each moment of a run: [(event, folder)]."""
+    out = base / "watched"
+    kept = base / "moments"
     kept.mkdir()
-
     writes = itertools.count()
 
     def event(kind, path):
-        if "written" in kind and "log" not in path and next(writes) % 150:
+        if "written" in kind and "log" not in path and next(writes) % 400:
             return  # a checkpoint is written in a thousand pieces
-        if os.path.dirname(path) == str(out) or path == str(out):
-            i = len(list(kept.iterdir()))
-            shutil.copytree(
-                out,
-                kept
-                / f"{i:04d} {kind} {os.path.basename(re.sub('[.][0-9]+[.]tmp', '.tmp', path))}",
-            )
+        if out in (Path(path), Path(path).parent):
+            number = len(list(kept.iterdir()))
+            copy = kept / f"{number:04d} {kind} {short(path)}"
+            shutil.copytree(out, copy, copy_function=copy_or_link)
 
     assert Child(*base.flags, "--out", out, patch=watch(event)).succeeds()
     assert_undisturbed(out, base)  # to look at it changes nothing
@@ -389,92 +324,80 @@ def moments(base):
 
 
 def test_a_save_reaches_the_disk_before_it_gets_its_name(moments):
-    """What a power cut can leave is told by the order of calls: content, its fsync, the name, the folder's fsync."""
+    """What a power cut leaves is told by the order of calls: content, its fsync, the name, the
+    folder's fsync."""
     events = [event for event, _ in moments]
     for name in ("last.pt", "student.pt"):
         places = [i for i, event in enumerate(events) if event == f"before replace {name}"]
-        assert len(places) == (4 if name == "last.pt" else 3)  # steps 0, 2, 4, 6
+        assert len(places) == 3  # steps 2, 4, 6
         for i in places:
-            assert (
-                events[i - 1] == f"closed {name}.tmp"
-                and f"after fsync {name}.tmp" in events[i - 3 : i]
-            )
-            assert [x for x in events[i + 1 : i + 4] if "written" in x] == []
-            assert events[i + 1 : i + 3] == [f"after replace {name}", "before fsync watched"], (
-                events[i - 2 : i + 5]
-            )
-    order = [
-        event.split()[-1]
-        for event in events
-        if event.startswith("after replace") and "log" not in event
-    ]
-    assert order == ["last.pt", *["student.pt", "model_card.md", "last.pt"] * 3]
+            assert events[i - 1] == f"closed {name}.tmp"
+            assert events[i - 2] == f"after fsync {name}.tmp"
+            assert events[i + 1 : i + 3] == [f"after replace {name}", "before fsync watched"]
+    order = [event.split()[-1] for event in events if event.startswith("after replace")]
+    assert order == 3 * ["student.pt", "last.pt"]
 
 
-def test_at_each_moment_the_folder_holds_a_whole_checkpoint_and_a_student_not_older(moments, base):
-    seen, last_steps = set(), []
+def test_at_each_moment_the_checkpoint_is_whole_and_the_student_is_not_older(moments):
+    seen = set()
+    steps = []
     for event, folder in moments:
         state = state_of(folder)
-        if (key := (state.get("last.pt"), state.get("student.pt"))) in seen:
+        key = (state.get("last.pt"), state.get("student.pt"))
+        if key in seen:
             continue
         seen.add(key)
-        if not (folder / "last.pt").exists():
-            assert not (folder / "student.pt").exists() and not (folder / "log.jsonl").exists(), (
-                event
-            )
-            continue
-        last_steps.append(checkpoint(folder)["step"])
-        if (folder / "student.pt").exists():
-            assert student.load_student(folder)[1]["step"] >= last_steps[-1], event
-    assert last_steps == sorted(last_steps) and {*last_steps} == {0, 2, 4, 6}
+        saved = 0
+        if "last.pt" in state:
+            saved = checkpoint(folder)["step"]
+        steps.append(saved)
+        if "student.pt" in state:
+            assert evaluate.load_student(folder)[1]["step"] >= saved, event
+    assert steps == sorted(steps) and set(steps) == {0, 2, 4, 6}
 
 
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(moments, base, tmp_path):
-    """One resume for each distinct checkpoint, student and log, at the moment with the most temporary files."""
-    groups = {}
+    """One resume for each distinct checkpoint and student, where most is left lying about."""
+    worst = {}
     for event, folder in moments:
         state = state_of(folder)
-        key = tuple(state.get(name) for name in ("last.pt", "student.pt", "log.jsonl"))
-        count = sum(name.endswith(".tmp") for name in state)
-        if key not in groups or count > groups[key][0]:
-            groups[key] = (count, event, folder)
-    assert len(groups) > 15 and sum(count for count, *_ in groups.values()) > 5
-    seen = set()
-    for i, (key, (_, event, folder)) in enumerate(groups.items()):
-        if key[:2] in seen and i % 3:
-            continue  # of those that differ by a log line alone, every third
-        seen.add(key[:2])
-        shutil.copytree(folder, tmp_path / str(i))
-        if (folder / "last.pt").exists():
-            resume(tmp_path / str(i))
-        else:  # nothing was saved yet: the same command begins anew
-            train.train(train.parse_args(list(map(str, [*base.flags, "--out", tmp_path / str(i)]))))
+        key = (state.get("last.pt"), state.get("student.pt"))
+        left = len(state)
+        if key not in worst or left > worst[key][0]:
+            worst[key] = (left, event, folder)
+    assert len(worst) == 7
+    for i, (_, event, folder) in enumerate(worst.values()):
+        out = tmp_path / str(i)
+        shutil.copytree(folder, out)
+        if (out / "last.pt").exists():
+            resume(out)
+        elif (out / "student.pt").exists():
+            (out / "student.pt").unlink()  # a student is never overwritten: the user has to say so
+            launch(*base.flags, "--out", out)
+        else:
+            launch(*base.flags, "--out", out)
         try:
-            assert_undisturbed(tmp_path / str(i), base)
+            assert_undisturbed(out, base)
         except AssertionError as error:
             raise AssertionError(f"killed at: {event}") from error
 
 
 KILLS = [  # the kind of call, of which file, the how manieth of them
     ("half written", "last.pt", 1),
-    ("before replace", "last.pt", 0),
+    ("before replace", "last.pt", 1),
     ("after replace", "student.pt", 1),
-    ("before fsync", "run", 3),
-    ("half written", "log.jsonl", 2),
+    ("closed", "log.jsonl", 4),
 ]
 
 
 @pytest.mark.parametrize(("kind", "name", "n"), KILLS)
 def test_a_real_sigkill_between_the_calls_of_a_save(tmp_path, base, kind, name, n):
     def patch():
-        count = [0]
+        count = itertools.count()
 
         def event(its_kind, path):
-            path = os.path.basename(re.sub(r"(\.\d+)?\.tmp$", "", path))
-            if (its_kind, path) == (kind, name):
-                if count[0] == n:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                count[0] += 1
+            if (its_kind, short(path).removesuffix(".tmp")) == (kind, name) and next(count) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
 
         watch(event)()
 
@@ -482,471 +405,419 @@ def test_a_real_sigkill_between_the_calls_of_a_save(tmp_path, base, kind, name, 
     child = Child(*base.flags, "--out", out, patch=patch)
     assert child.wait() == -signal.SIGKILL, child.err
     if (out / "last.pt").exists():
-        again = Child("--resume", out)
+        resume(out)
     else:
-        again = Child(*base.flags, "--out", out)
-    assert again.succeeds()
+        (out / "student.pt").unlink()
+        launch(*base.flags, "--out", out)
     assert_undisturbed(out, base)
 
 
-def test_a_log_cut_anywhere_or_ahead_of_the_checkpoint_is_mended_by_the_resume(tmp_path, base):
-    whole = (base / "undisturbed" / "log.jsonl").read_bytes()
-    lines = whole.splitlines(keepends=True)
-    ahead = len(b"".join(lines[:3]))  # half/ stopped after step 3
-    cases = {
-        "two steps ahead": whole[: ahead + len(b"".join(lines[3:5]))],
-        "half a line ahead": whole[: ahead + len(lines[3]) // 2],
-        "one byte ahead": whole[: ahead + 1],
-        "all but the end of the line": whole[: ahead + len(lines[3]) - 1],
-        "cut right after an inner brace": whole[: ahead + lines[3].index(b"}") + 1],
-        "no end of line": whole[: ahead - 1],
-        "zeros, as a power cut leaves": whole[:ahead] + bytes(100),
-        "bytes that are no text": whole[:ahead] + b"\xff\xfe{}\n",
-        "an empty line": whole[:ahead] + b"\n",
-        "another object": whole[:ahead] + b"{}\n",
-        "no object": whole[:ahead] + b'"}"\n',
-    }
-    bad = {}
-    for i, (case, log) in enumerate(cases.items()):
-        shutil.copytree(base / "half", tmp_path / str(i))
-        (tmp_path / str(i) / "log.jsonl").write_bytes(log)
-        try:
-            resume(tmp_path / str(i))
-            assert_undisturbed(tmp_path / str(i), base)
-        except Exception as error:  # noqa: BLE001 - all cases are looked at
-            bad[case] = f"{type(error).__name__}: {str(error)[:200]}"
-    assert not bad, bad
+def test_a_student_without_a_checkpoint_is_not_overwritten_and_no_resume_is_offered(tmp_path, base):
+    """As a kill or a full disk leaves it, between the two files of a run's first save."""
+    out = tmp_path / "run"
+    shutil.copytree(base / "half", out)
+    (out / "last.pt").unlink()
+    before = state_of(out)
+    with pytest.raises(InputError, match=f"--out {out}-2") as error:
+        launch(*base.flags, "--out", out)
+    assert "--resume" not in str(error.value)  # it would end in an error
+    assert state_of(out) == before
 
 
-# ---- (c) a full disk ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGKILL, 2), (signal.SIGTERM, 0)])
+def test_a_killed_run_goes_on(tmp_path, base, number, workers):
+    """What was done since the last save is done again; its lines in the log, too."""
+    flags = [*base.flags, "--workers", workers, "--out", tmp_path / "run"]
+    child = Child(*flags, patch=at_step(4, send(number)))
+    assert child.wait() == -number
+    assert checkpoint(tmp_path / "run")["step"] == 2
+    resume(tmp_path / "run")
+    assert_undisturbed(tmp_path / "run", base)
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 6]
+
+
+# ---- several processes ---------------------------------------------------------------------------
+def test_a_killed_process_ends_the_other(tmp_path, base):
+    flags = [*base.flags, "--steps", 10**6, "--save-every", 4]
+    processes = pair(*flags, "--out", tmp_path / "run")
+    processes[0].until("step 5/")
+    processes[1].kill()
+    assert processes[1].wait() == -9 and processes[0].wait() == 1
+    last = processes[0].err.strip().splitlines()[-1]  # what stands before it are torch's warnings
+    assert last.startswith("train.py: another process was lost") and "--resume" in last
+    assert "Traceback" not in processes[0].err
+    saved = checkpoint(tmp_path / "run")["step"]
+    assert saved >= 4
+    for process in pair("--resume", tmp_path / "run", "--stop-at", saved + 1):
+        assert process.succeeds()
+
+
+def test_what_process_0_refuses_ends_the_other(tmp_path, base):
+    processes = pair(*base.flags, "--out", base / "half")
+    assert processes[0].fails("--out", base / "half")
+    assert processes[1].wait() == 1
+    assert "train.py: another process was lost" in processes[1].err
+    assert "Traceback" not in processes[1].err
+
+
+def test_two_processes_are_resumed_bit_for_bit(tmp_path, base):
+    flags = [*base.flags, "--data", base / "tiles"]
+    for process in pair(*flags, "--out", tmp_path / "straight"):
+        assert process.succeeds()
+    killed = (nothing, at_step(4, send(signal.SIGKILL)))
+    for process in pair(*flags, "--out", tmp_path / "run", patches=killed):
+        assert process.wait() != 0
+    for process in pair("--resume", tmp_path / "run"):
+        assert process.succeeds()
+    assert_same(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "run"))
+    assert losses(tmp_path / "straight") == losses(tmp_path / "run")
+
+
+def ranks(mark):
+    """{rank: process} of the running processes that a test has started with this mark."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "environ").read_text(errors="replace").split("\0")
+            environment = dict(word.split("=", 1) for word in words if "=" in word)
+            if environment.get("MARK_OF_TEST") == mark and "RANK" in environment:
+                found[int(environment["RANK"])] = int(folder.name)
+    return found
+
+
+def test_torchrun_names_a_process_that_was_killed(tmp_path, base):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", 2, ROOT / "train.py", *base.flags]
+    command += ["--steps", 10**6, "--out", tmp_path / "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MARK_OF_TEST": str(tmp_path)}
+    with open(tmp_path / "err", "wb") as err:
+        words = [str(word) for word in command]
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=err)
+    try:
+        end = time.monotonic() + 150
+        while not (tmp_path / "run" / "last.pt").exists():
+            assert time.monotonic() < end and process.poll() is None, (tmp_path / "err").read_text()
+            time.sleep(0.1)
+        os.kill(ranks(str(tmp_path))[1], signal.SIGKILL)
+        assert process.wait(60) != 0
+        text = (tmp_path / "err").read_text()
+        assert "Signal 9 (SIGKILL)" in text and "rank      : 1" in text, text
+        assert not ranks(str(tmp_path)), "a process is still there"
+    finally:
+        for pid in ranks(str(tmp_path)).values():
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+    assert checkpoint(tmp_path / "run")["step"] >= 2  # and that can be gone on with
+
+
+# ---- a full disk, a place that cannot be written -------------------------------------------------
 def limit(size):
+    """An action: from now on a file may have so many bytes."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-FULL = {  # what can no longer be written: bytes a file may have from step 4 on, and the name in the message
-    "checkpoint": (1_500_000, "last.pt"),
-    "student": (300_000, "student.pt"),
-    "log": (10, "log.jsonl"),
-}
+FULL = {"last.pt": 1_500_000, "student.pt": 300_000, "log.jsonl": 10}  # bytes from step 4 on
 
 
-@pytest.mark.parametrize("what", FULL)
-def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_later(tmp_path, base, what):
-    size, name = FULL[what]
-    shutil.copytree(base / "half", tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    child = Child("--resume", tmp_path / "run", patch=at_step(4, limit(size)))
-    assert child.fails(f"{tmp_path}/run/{name}")
-    after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+@pytest.mark.parametrize("name", FULL)
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_later(tmp_path, base, name):
+    out = tmp_path / "run"
+    shutil.copytree(base / "half", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    child = Child("--resume", out, patch=at_step(4, limit(FULL[name])))
+    assert child.fails(f"cannot write {out}/{name}", "free some space")
+    after = {path.name: path.read_bytes() for path in out.iterdir()}
     assert after["last.pt"] == before["last.pt"] and after.keys() == before.keys()
-    assert student.load_student(tmp_path / "run")[1]["step"] == (4 if what == "checkpoint" else 3)
-    resume(tmp_path / "run")
-    assert_undisturbed(tmp_path / "run", base)
+    assert student_file(out)["config"]["step"] == (4 if name == "last.pt" else 3)
+    resume(out)
+    assert_undisturbed(out, base)
 
 
-def test_a_full_disk_at_the_start(tmp_path, base, weights_dir):
-    """The first checkpoint, the log of a resumed run, the lock, the offline teachers."""
-    child = Child(*base.flags, "--out", tmp_path / "run", patch=limit(500_000))
-    assert child.fails(f"{tmp_path}/run/last.pt") and not list((tmp_path / "run").glob("*.*"))
-    assert Child(*base.flags, "--out", tmp_path / "run").succeeds()
-    assert_undisturbed(tmp_path / "run", base)
-    shutil.copytree(base / "half", tmp_path / "half")
-    child = Child("--resume", tmp_path / "half", patch=limit(100))
-    assert child.fails(f"{tmp_path}/half/log.jsonl")
-    assert (tmp_path / "half" / "log.jsonl").read_bytes() == (
-        base / "half" / "log.jsonl"
-    ).read_bytes()
-    flags = [*base.flags, "--weights-dir", tmp_path / "weights", "--out", tmp_path / "other"]
+def test_a_log_line_that_found_no_space_does_not_spoil_the_next(tmp_path, base):
+    out = tmp_path / "run"
+    shutil.copytree(base / "half", out)
+    size = (out / "log.jsonl").stat().st_size
+    child = Child("--resume", out, patch=at_step(4, limit(size + 20)))
+    assert child.fails(f"cannot write {out}/log.jsonl")
+    resume(out)
+    assert_undisturbed(out, base)
+
+
+def test_a_full_disk_at_the_start(tmp_path, base):
+    """The first checkpoint, and the offline teachers."""
+    flags = [*base.flags, "--weights-dir", tmp_path / "weights", "--out", tmp_path / "run"]
     child = Child(*flags, patch=limit(100_000))
-    assert child.fails(f"{tmp_path}/weights/toy_cells") and not list(
-        (tmp_path / "weights").glob("*.pt*[!k]")
-    )
-    assert not (tmp_path / "other" / "last.pt").exists()
-    assert Child(*flags).succeeds()
+    assert child.fails(f"cannot write {tmp_path}/weights/toy_cells")
+    assert not list(tmp_path.rglob("*.pt*"))
+    child = Child(*base.flags, "--out", tmp_path / "run", patch=limit(500_000))
+    assert child.fails(f"cannot write {tmp_path}/run/student.pt")
+    assert not list(tmp_path.rglob("*.pt*"))
+    assert Child(*flags).succeeds()  # what was logged until then is no run
+    assert_undisturbed(tmp_path / "run", base)
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A real file system of few MB: disk(size) -> its folder; disk(size) again changes the size."""
+    """A real file system of few MB: disk(options) mounts it, or changes it -> its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
-    def sized(size):
-        options = f"remount,size={size}" if os.path.ismount(folder) else f"size={size}"
-        result = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
-            check=False,
-            capture_output=True,
-        )
+    def mount(options):
+        if os.path.ismount(folder):
+            options = f"remount,{options}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
         if result.returncode:
-            pytest.skip(f"mounting is not allowed here: {result.stderr.decode().strip()}")
+            pytest.skip(f"mounting is not allowed here: {result.stderr.strip()}")
         return folder
 
     if shutil.which("mount") is None or os.geteuid():
         pytest.skip("mounting needs root")
-    yield sized
+    yield mount
     if os.path.ismount(folder):
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", str(folder)], check=True)
 
 
-def fill(folder):
-    with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-
-
-@pytest.mark.parametrize(("size", "step"), [("64k", None), ("512k", None), ("3m", 0), ("5m", 2)])
+@pytest.mark.parametrize(("size", "step"), [("64k", None), ("2m", None), ("5m", 2)])
 def test_a_real_disk_that_is_full(tmp_path, base, disk, size, step):
-    """It ends at the first checkpoint (0.9 MB) or a later one (2.5 MB): the old file stays until the new is whole."""
-    folder = disk(size)
-    child = Child(*base.flags, "--out", folder / "run")
-    assert child.fails(f"{folder}/run/")
-    assert not list((folder / "run").glob("*.tmp"))
-    began = (folder / "run" / "last.pt").exists()
-    assert began == (step is not None)
-    disk("20m")
-    if began:
-        assert checkpoint(folder / "run")["step"] == step
-        resume(folder / "run")
+    """The old file stays until the new one is whole."""
+    folder = disk(f"size={size}")
+    out = folder / "run"
+    assert Child(*base.flags, "--out", out).fails(f"cannot write {out}/")
+    assert not list(out.glob("*.tmp"))
+    assert (out / "last.pt").exists() == (step is not None)
+    disk("size=20m")
+    if step:
+        assert checkpoint(out)["step"] == step
+        resume(out)
     else:
-        assert Child(*base.flags, "--out", folder / "run").succeeds()
-    assert_undisturbed(folder / "run", base)
-
-
-def test_a_real_disk_without_one_free_byte(tmp_path, base, disk, monkeypatch):
-    """Resuming, caching, exporting, evaluating: each says which file, and changes none of those that are there."""
-    folder = disk("8m")
-    shutil.copytree(base / "half", folder / "run")
-    (folder / "weights").mkdir()
-    fill(folder)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    run, labelled = folder / "run", tmp_path / "labelled"
-    for split in ("train", "test"):
-        for name in ("a", "b"):
-            write_tiles(labelled / split / name, 2)
-    evaluation = {"main": evaluate.main, "script": "evaluate.py"}
-    none = ["--teachers=", "--device", "cpu"]
-    cases = {
-        "resume": ([*["--resume", run]], {}, "run/"),
-        "run": ([*base.flags, "--out", folder / "other"], {}, "other"),
-        "cache": (
-            [*base.flags, "--cache", folder / "cache", "--out", tmp_path / "cached"],
-            {},
-            "cache",
-        ),
-        "teachers": (
-            [*base.flags, "--weights-dir", folder / "weights", "--out", tmp_path / "w"],
-            {},
-            "weights/toy",
-        ),
-        "embeddings": (
-            [run, "--embed", base / "tiles", "--out", folder / "x.npz", *none],
-            evaluation,
-            "x.npz",
-        ),
-        "cut": ([run, "--dim", 4, "--out", folder / "cut.pt", *none], evaluation, "cut.pt"),
-        "results": ([run, "--data", labelled, *none], evaluation, "run/"),
-    }
-    bad = {}
-    for case, (argv, more, name) in cases.items():
-        child = Child(*argv, **more)
-        try:
-            assert child.fails(f"{folder}/{name}"), case
-        except AssertionError as error:
-            bad[case] = str(error)[-600:]
-        now = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        changed = [path for path in before if now.get(path) != before[path]]
-        new = [
-            path
-            for path in now.keys() - before.keys()
-            if path.stat().st_size or path.suffix == ".tmp"
-        ]
-        if changed or new:
-            bad[case] = f"{bad.get(case, '')} changed {changed} new {new}"
-    assert not bad, bad
-    disk("60m")
-    bad = {}
-    for case, (argv, more, _) in cases.items():  # with space, the same commands
-        child = Child(*argv, **more)
-        if child.wait():
-            bad[case] = child.err[-600:]
-    assert not bad, bad
-    assert_undisturbed(run, base)
-    assert json.loads((run / "results.json").read_text()).keys() == {str(labelled)}
-    assert (
-        len(np.load(folder / "x.npz")["embeddings"]) == 6
-        and outputs_of_one(folder / "cache", 6).all()
-    )
-
-
-def outputs_of_one(cache, n):
-    outputs = np.fromfile(cache / "outputs", [("done", "u2"), ("toy_cells", "f2", (65, 128))])
-    assert len(outputs) == n and (cache / "complete").exists()
-    return outputs["done"]
-
-
-def test_a_cache_that_finds_no_space_leaves_nothing_and_the_same_command_works_later(
-    tmp_path, base
-):
-    flags = [*base.flags, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
-    child = Child(*flags, patch=limit(50_000))  # of 99,852 bytes
-    assert child.fails(tmp_path / "cache")
-    assert not (tmp_path / "cache" / "outputs").exists() and not list(
-        (tmp_path / "cache").glob("*.tmp")
-    )
-    assert Child(*flags).succeeds() and outputs_of_one(tmp_path / "cache", 6).all()
-
-
-EVALUATIONS = {  # what cannot be written: bytes a file may have, flags, the name
-    "embeddings": (500, ["--embed", "TILES", "--out", "OUT/x.npz"], "x.npz"),
-    "cut student": (100_000, ["--dim", 4, "--out", "OUT/cut.pt"], "cut.pt"),
-    "results": (100, ["--data", "LABELLED", "--teachers="], "results.json"),
-    "pictures of patches": (100, ["--data", "LABELLED", "--teachers="], "patches-"),
-    "curves": (30_000, ["--data", "LABELLED", "--teachers="], "curves-"),
-}
-
-
-@pytest.mark.parametrize("what", EVALUATIONS)
-def test_an_evaluation_on_a_full_disk_names_the_file(tmp_path, base, what):
-    size, flags, name = EVALUATIONS[what]
-    shutil.copytree(base / "undisturbed", tmp_path / "run")
-    (tmp_path / "run" / "results.json").write_text('{"earlier": {"rows": []}}')
-    for split in ("train", "test"):
-        for label in ("a", "b"):
-            write_tiles(tmp_path / "labelled" / split / label, 2)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    places = {"TILES": base / "tiles", "LABELLED": tmp_path / "labelled", "OUT": tmp_path}
-    argv = [
-        re.sub("TILES|LABELLED|OUT", lambda found: str(places[found[0]]), str(flag))
-        for flag in flags
-    ]
-
-    def patch():
-        if what in ("results", "curves"):  # the pictures before them still find space
-            original, skipped = evaluate.draw_patches, what
-            evaluate.draw_patches = lambda *args: (original(*args), limit(size)())[0]
-            assert skipped
-        else:
-            limit(size)()
-
-    more = {"main": evaluate.main, "script": "evaluate.py", "patch": patch}
-    child = Child(tmp_path / "run", *argv, "--device", "cpu", **more)
-    assert child.fails(name)
-    after = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    done = ("results.json", "model_card.md")  # where only the curves find no space
-    assert all(
-        after[path] == content
-        for path, content in before.items()
-        if what != "curves" or path.name not in done
-    )
-    assert (
-        not list(tmp_path.rglob("*.tmp"))
-        and not (tmp_path / "x.npz").exists()
-        and not (tmp_path / "cut.pt").exists()
-    )
-    assert "earlier" in json.loads((tmp_path / "run" / "results.json").read_text())
-    if what in ("embeddings", "results"):
-        assert Child(
-            tmp_path / "run", *argv, "--device", "cpu", main=evaluate.main, script="evaluate.py"
-        ).succeeds()
-
-
-# ---- (f) crowds -----------------------------------------------------------------------------------------------------
-def slowly(owner, attribute, record, seconds=0.4):
-    """A patch: the call is noted in `record` and takes long enough to be met by another process."""
-
-    def patch():
-        original = getattr(owner, attribute)
-
-        def slow(*args, **kwargs):
-            with open(record, "a") as file:
-                file.write(f"{os.getpid()} {args[0] if isinstance(args[0], str) else ''}\n")
-            time.sleep(seconds)
-            return original(*args, **kwargs)
-
-        setattr(owner, attribute, slow)
-
-    return patch
-
-
-def waits(child):
-    time.sleep(0.7)  # more than a whole run takes
-    return os.waitpid(child.pid, os.WNOHANG) == (0, 0)
-
-
-def test_two_runs_started_at_once_make_each_offline_teacher_once(tmp_path, base):
-    flags = [
-        *base.flags,
-        "--teachers",
-        "toy_cells,toy_tissue",
-        "--weights-dir",
-        tmp_path / "weights",
-    ]
-    patch = slowly(teachers, "train_offline_teacher", tmp_path / "made")
-    children = [Child(*flags, "--out", tmp_path / name, patch=patch) for name in "ab"]
-    assert all(child.succeeds() for child in children)
-    made = [line.split()[1] for line in (tmp_path / "made").read_text().splitlines()]
-    assert sorted(made) == ["toy_cells", "toy_tissue"]
-    assert sorted(path.name for path in (tmp_path / "weights").glob("*.pt")) == [
-        "toy_cells-v1-2-0.pt",
-        "toy_tissue-v1-2-0.pt",
-    ]
-    assert_same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
-
-
-def test_who_makes_a_teacher_and_is_killed_leaves_it_to_the_one_who_waits(tmp_path, base):
-    flags = [*base.flags, "--weights-dir", tmp_path / "weights"]
-    patch = slowly(teachers, "train_offline_teacher", tmp_path / "made", 30)
-    first = Child(*flags, "--out", tmp_path / "a", patch=patch)
-    while not (tmp_path / "made").exists():
-        time.sleep(0.01)
-    second = Child(*flags, "--out", tmp_path / "b")
-    assert waits(second)
-    first.kill()
-    assert first.wait() == -9 and second.succeeds()
-    assert_undisturbed(tmp_path / "b", base)
-    assert "wait" in second.out  # it said why nothing happened
-
-
-def test_two_runs_into_one_folder_the_second_is_refused_and_the_first_unharmed(tmp_path, base):
-    pause = tmp_path / "pause"
-
-    def wait():
-        pause.touch()
-        while pause.exists():
-            time.sleep(0.01)
-
-    out = tmp_path / "run"
-    first = Child(*base.flags, "--out", out, patch=at_step(2, wait))
-    while not pause.exists():
-        time.sleep(0.01)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert Child("--resume", out).fails(out, "--out")
-    assert Child(*base.flags, "--out", out).fails(out, "--out")
-    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
-    pause.unlink()
-    assert first.succeeds()
+        (out / "student.pt").unlink(missing_ok=True)
+        assert Child(*base.flags, "--out", out).succeeds()
     assert_undisturbed(out, base)
 
 
-def test_two_runs_into_one_new_folder_one_wins(tmp_path, base):
-    """Started at the very same moment, and with the second held up until the first has ended."""
-    for held_up in (False, True):
-        out, ready = tmp_path / f"run {held_up}", tmp_path / f"ready {held_up}"
-
-        def patch(ready=ready):
-            original = data.FolderTiles.__init__
-
-            def late(*args, **kwargs):
-                ready.touch()
-                while not (tmp_path / "over").exists():
-                    time.sleep(0.01)
-                return original(*args, **kwargs)
-
-            data.FolderTiles.__init__ = late
-
-        second = Child(
-            *base.flags, "--seed", 1, "--out", out, patch=patch if held_up else lambda: None
-        )
-        while held_up and not ready.exists():
-            time.sleep(0.01)
-        first = Child(*base.flags, "--out", out)
-        if held_up:
-            assert first.succeeds()
-            (tmp_path / "over").touch()
-        codes = [second.wait(), first.wait()]
-        assert sorted(codes) == [0, 2], (held_up, codes, first.err + second.err)
-        loser = second if codes[0] else first
-        assert loser.fails(out, "--out")
-        assert logged(out) == [1, 2, 3, 4, 5, 6] and checkpoint(out)["args"]["seed"] == (
-            0 if codes[0] else 1
-        )
+def test_a_real_disk_that_is_read_only(tmp_path, base, disk):
+    folder = disk("size=20m")
+    shutil.copytree(base / "half", folder / "run")
+    disk("ro")
+    assert Child("--resume", folder / "run").fails(f"{folder}/run/log.jsonl")
+    assert Child(*base.flags, "--out", folder / "new").fails(f"{folder}/new")
+    place = ["--weights-dir", folder / "weights", "--out", tmp_path / "run"]
+    assert Child(*base.flags, *place).fails(f"{folder}/weights")
+    disk("rw")
+    resume(folder / "run")
+    assert_undisturbed(folder / "run", base)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_leaves_its_folder_free_at_once(tmp_path, base, workers):
-    flags = [*base.flags[:-1], 400, "--workers", workers]
-    child = Child(*flags, "--out", tmp_path / "run")
-    child.until("step 3/")
-    child.kill()
-    assert child.wait() == -9
-    began = time.monotonic()
-    again = Child("--resume", tmp_path / "run", "--stop-at", 5)
-    assert (
-        again.succeeds()
-        and time.monotonic() - began < 4
-        and checkpoint(tmp_path / "run")["step"] == 5
-    )
+@pytest.mark.parametrize("place", ["file/run", "/proc/nowhere/run"])
+def test_a_place_that_cannot_be_made_is_told_before_anything_slow(tmp_path, base, place):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / place  # of an absolute place, itself
+    child = Child(*base.flags, "--out", out)
+    assert child.fails(Path(*out.parts[:-1]))
+    assert "teacher" not in child.out and "step 1/" not in child.out
 
 
-def test_two_runs_that_make_one_cache_at_once(tmp_path, base):
-    flags = [*base.flags, "--cache", tmp_path / "cache"]
-    patch = slowly(train.CachedTiles, "fill", tmp_path / "filled", 0.8)
-    children = [Child(*flags, "--out", tmp_path / name, patch=patch) for name in "ab"]
-    assert all(child.succeeds() for child in children)
-    assert outputs_of_one(tmp_path / "cache", 6).all()
-    assert_same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
-    assert Child(*flags, "--out", tmp_path / "alone", "--cache", tmp_path / "another").succeeds()
-    assert_same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "alone"))
-    assert (tmp_path / "cache" / "outputs").read_bytes() == (
-        tmp_path / "another" / "outputs"
-    ).read_bytes()
+# ---- a last.pt that is damaged, or of something else ---------------------------------------------
+def put(*keys_and_value):
+    """A damage: content[key][key]... becomes the value, or goes where it is `...`."""
+    *keys, last, value = keys_and_value
+
+    def damage(content):
+        place = content
+        for key in keys:
+            place = place[key]
+        if value is ...:
+            del place[last]
+        elif callable(value):
+            place[last] = value(place[last])
+        else:
+            place[last] = value
+
+    return damage
 
 
-def test_one_folder_for_run_and_cache_works_or_is_refused(tmp_path, base):
-    child = Child(*base.flags, "--cache", tmp_path / "run", "--out", tmp_path / "run")
-    assert child.wait() == 0 or child.fails("--cache"), child.err
+def with_nan(tensor):
+    tensor = tensor.clone()
+    tensor.view(-1)[0] = math.nan
+    return tensor
 
 
-@pytest.mark.parametrize("point", ["reserving", "filling"])
-def test_a_cache_whose_maker_is_killed_is_finished_by_another(tmp_path, base, point):
-    flags = [*base.flags, "--cache", tmp_path / "cache"]
-    owner, attribute = {
-        "reserving": (os, "posix_fallocate"),
-        "filling": (train.CachedTiles, "fill"),
-    }[point]
-    first = Child(
-        *flags, "--out", tmp_path / "a", patch=slowly(owner, attribute, tmp_path / "mark", 30)
-    )
-    while not (tmp_path / "mark").exists():
-        time.sleep(0.01)
-    second = Child(*flags, "--out", tmp_path / "b")
-    assert point == "filling" or waits(second)  # who fills at once does the same work twice
-    first.kill()
-    assert first.wait() == -9 and second.succeeds()
-    assert outputs_of_one(tmp_path / "cache", 6).all() and checkpoint(tmp_path / "b")["step"] == 6
+def optimizer_of(teacher_dims, nested_dims):
+    """The state of an optimiser that has done a step."""
+    student = Student("toy")
+    model = torch.nn.Sequential(student, Adaptors(student.width, teacher_dims, nested_dims))
+    optimizer = train.make_optimizer(model, 1e-3)
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    return optimizer.state_dict()
 
 
-def test_two_evaluations_of_one_run_keep_both_rows(tmp_path, base):
-    shutil.copytree(base / "undisturbed", tmp_path / "run")
-    for folder in ("first", "second"):
-        for split in ("train", "test"):
-            for name in ("a", "b"):
-                write_tiles(tmp_path / folder / split / name, 2)
-    more = {"main": evaluate.main, "script": "evaluate.py"}
-    more["patch"] = slowly(evaluate, "save_atomically", tmp_path / "saves", 0.3)
-    flags = ["--teachers=", "--device", "cpu", "--tasks", "knn"]
-    data_folders = [tmp_path / "first", tmp_path / "second"]
-    children = [
-        Child(tmp_path / "run", "--data", folder, *flags, **more) for folder in data_folders
-    ]
-    assert all(child.succeeds() for child in children)
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results.keys() == {*map(str, data_folders)} and all(x["rows"] for x in results.values())
+WEIGHT = "backbone.blocks.1.mlp.fc1.weight"
+HEAD = "heads.toy_cells.4.patches.0.bias"
+DAMAGES = {
+    "no step": put("step", ...),
+    "no args": put("args", ...),
+    "no record": put("record", ...),
+    "no student": put("student", ...),
+    "no adaptors": put("adaptors", ...),
+    "no standardizers": put("standardizers", ...),
+    "no optimizer": put("optimizer", ...),
+    "no scaler": put("scaler", ...),
+    "a weight missing": put("student", WEIGHT, ...),
+    "a weight too many": put("student", lambda state: {**state, "x": torch.zeros(1)}),
+    "a weight of another shape": put("student", WEIGHT, torch.zeros(3)),
+    "a weight of whole numbers": put("student", WEIGHT, lambda w: w.long()),
+    "a weight that is a number": put("student", WEIGHT, 1.0),
+    "a weight that is nan": put("student", WEIGHT, with_nan),
+    "a head that is inf": put("adaptors", HEAD, lambda w: w / 0 + math.inf),
+    "heads of other dims": put(
+        "adaptors", lambda _: Adaptors(48, {"toy_cells": 128}, [8]).state_dict()
+    ),
+    "heads of other teachers": put(
+        "adaptors", lambda _: Adaptors(48, {"toy_tissue": 128}, [4]).state_dict()
+    ),
+    "a standardiser missing": put("standardizers", "toy_cells.summary.mean", ...),
+    "a standardiser that is nan": put("standardizers", "toy_cells.summary.mean", with_nan),
+    "optimiser empty": put("optimizer", {}),
+    "optimiser without state": put("optimizer", "state", ...),
+    "optimiser with one group": put("optimizer", "param_groups", lambda groups: groups[:1]),
+    "optimiser of two teachers": put("optimizer", lambda _: optimizer_of({"a": 8, "b": 8}, [4])),
+    "other tiles": put("record", "fingerprint", "6 tiles, another hash"),
+    "args of other dims": put("args", "dims", [8, 48]),
+}
 
 
-# ---- (i) determinism ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, base, case):
+    out = tmp_path / "run"
+    shutil.copytree(base / "half", out)
+    content = checkpoint(out)
+    DAMAGES[case](content)
+    torch.save(content, out / "last.pt")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(InputError) as error:
+        resume(out)
+    message = str(error.value)
+    assert "\n" not in message and str(out) in message
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
+def test_a_checkpoint_that_is_cut_or_has_a_wrong_byte_is_refused(tmp_path, base, share):
+    out = tmp_path / "run"
+    shutil.copytree(base / "half", out)
+    whole = (out / "last.pt").read_bytes()
+    place = int(share * len(whole))
+    wrong_byte = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    for damaged in (whole[:place], wrong_byte):
+        (out / "last.pt").write_bytes(damaged)
+        with pytest.raises(InputError, match=f"^{out}/last.pt is ") as error:
+            resume(out)
+        assert "\n" not in str(error.value)
+        assert (out / "last.pt").read_bytes() == damaged
+
+
+def test_no_checkpoint_in_a_folder(tmp_path):
+    for name in ("empty", "nowhere"):
+        with pytest.raises(InputError, match=f"--resume: {tmp_path}/{name}/last.pt does not exist"):
+            (tmp_path / "empty").mkdir(exist_ok=True)
+            resume(tmp_path / name)
+
+
+# ---- where a program can run: notebooks, threads, pipes ------------------------------------------
+class NotebookOutput:
+    """As a notebook's stdout: no `reconfigure`, no file behind it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self.stream.write(text)
+
+    def flush(self):
+        self.stream.flush()
+
+
+def run_as_a_notebook_does():
+    """What `%run train.py ...` does: the file as __main__, in a process that goes on."""
+    sys.stdout = NotebookOutput(sys.stdout)
+    sys.stderr = NotebookOutput(sys.stderr)
+    try:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    finally:
+        print("the notebook goes on")
+
+
+def run_in_a_thread():
+    """In another thread; the process ends with its exit code."""
+    codes = []
+
+    def run():
+        try:
+            run_training()
+            codes.append(0)
+        except SystemExit as stop:
+            codes.append(stop.code)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    sys.exit(codes[0])
+
+
+@pytest.mark.parametrize("program", [run_as_a_notebook_does, run_in_a_thread])
+def test_a_run_from_a_notebook_and_from_a_thread(tmp_path, base, program):
+    flags = [*base.flags, "--out", tmp_path / "run"]
+    child = Child(*flags, program=program)
+    assert child.succeeds() and child.err == ""
+    assert "step 6/6" in child.out
+    assert_undisturbed(tmp_path / "run", base)
+    again = Child(*flags, program=program)
+    assert again.fails(f"train.py: --out: {tmp_path}/run holds a run")
+    if program is run_as_a_notebook_does:
+        assert "the notebook goes on\n" in child.out and "the notebook goes on\n" in again.out
+
+
+def close_output():
+    """As `python train.py >&- 2>&-` has it."""
+    os.close(1)
+    os.close(2)
+    sys.stdout = None
+    sys.stderr = None
+
+
+def test_a_run_without_output(tmp_path, base):
+    child = Child(*base.flags, "--out", tmp_path / "run", patch=close_output)
+    assert child.wait() == 0
+    assert_undisturbed(tmp_path / "run", base)
+    assert Child(*base.flags, "--out", tmp_path / "run", patch=close_output).wait() == 2
+
+
+def test_a_real_run_whose_output_is_no_longer_read(tmp_path, base):
+    """`| head -1`: it ends as other programs do, without a message."""
+    flags = [str(flag) for flag in [*base.flags, "--out", tmp_path / "run"]]
+    line = 'exec "$0" "$@" | head -1; exit ${PIPESTATUS[0]}'
+    command = ["bash", "-c", line, sys.executable, str(ROOT / "train.py"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "check": False, "timeout": 240}
+    result = subprocess.run(command, env=environment, **options)
+    assert result.returncode == 141 and result.stderr == ""
+    assert result.stdout.startswith("student toy: ") and result.stdout.count("\n") == 1
+
+
+# ---- determinism ---------------------------------------------------------------------------------
 def test_one_seed_gives_the_same_bits_whatever_the_workers_and_however_often_it_was_stopped(
     tmp_path, base
 ):
-    for workers, stops in ((1, []), (3, [1, 5]), (0, [1, 2, 3, 4, 5])):
+    for workers, stops in ((1, []), (3, [1, 5])):
         out = tmp_path / f"{workers} {stops}"
         first, *others = [*stops, 6]
-        argv = [*base.flags, "--workers", workers, "--stop-at", first, "--out", out]
-        train.train(train.parse_args(list(map(str, argv))))
+        launch(*base.flags, "--workers", workers, "--stop-at", first, "--out", out)
         for i, stop in enumerate(others):
             resume(out, "--stop-at", stop, "--workers", workers if i % 2 else 0)
         assert_undisturbed(out, base)
-    argv = [*base.flags, "--seed", 1, "--out", tmp_path / "another"]
-    train.train(train.parse_args(list(map(str, argv))))
+    launch(*base.flags, "--seed", 1, "--out", tmp_path / "another")
     assert losses(tmp_path / "another") != losses(base / "undisturbed")  # the seed is what decides

@@ -1,0 +1,1 @@
+"""Programs around the method: each is one file whose docstring is its manual."""
