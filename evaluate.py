@@ -1,36 +1,67 @@
-"""Evaluation of what train.py saved: frozen embeddings at every nested dim, students and teachers side by side.
+"""Evaluation: what a student's frozen embeddings know, at every nested dim, beside its teachers.
 
-    python evaluate.py runs/demo                        synthetic tissue, every task, beside the offline teachers
-    python evaluate.py runs/a runs/b --data labelled/   several runs on tiles of your own
-    python evaluate.py runs/demo --embed tiles/ --dim 16 --out X.npz    embeddings; without --embed, the cut student
-Features are taken after the final norm, cut to the first m channels, and only then normalised where a task does so."""
+    python evaluate.py runs/demo                          drawn tissue, beside the offline teachers
+    python evaluate.py runs/a runs/b --data labelled/     several runs on tiles of your own
+    python evaluate.py runs/demo --embed tiles/ --dim 16 --out embeddings.npz
 
+The models stay as they are. Features are taken once, after the final norm; for every nested dim m
+they are cut to their first m channels, and only then normalised, where a task normalises. The
+numbers are printed, then added to results.json in the folder of each run, or in the folder --out.
+
+Tasks (PROTOCOLS has them in words): knn, linear and retrieval ask whether the summary
+knows the class of a tile, adaptive whether a small cut finds what the whole embedding finds; dense
+asks whether patch tokens know a mask. Pictures are drawn by `python -m extras.figures`, cut
+students written by `python -m extras.export`.
+
+Read on from `run_tasks`: it goes from tiles to the rows of the table. The tasks themselves are
+plain functions of tensors, tested against scikit-learn and against plain loops.
+"""
+
+import csv
+import io
 import json
-import re
+import os
+from argparse import Namespace
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
-from torchvision import utils
+from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
 import data
-import teachers as cli
-from data import save_atomically
+from data import (
+    UnreadableTile,
+    check_size,
+    dim_list,
+    list_tiles,
+    make_parser,
+    name_list,
+    natural,
+    open_tile,
+    path,
+    positive,
+    read_file,
+    run_program,
+    save_atomically,
+)
 from student import InputError, Student, millions, truncate
-from teachers import load_strictly, read_weights
+from teachers import OFFLINE, Teacher, choose_device, load_strictly, load_teacher, read_weights
 
-TOKENS, N_TILES = (
-    100_000,
-    2048,
-)  # most that the dense probe fits; synthetic tiles, to learn from and again to test on
+N_TILES = 2048  # of drawn tissue, to learn from and again to test on
+
+TOKENS = 100_000  # the most patch tokens that the dense probe is fitted on
+SIMILARITIES = 2**24  # of queries and bank that are in memory at a time: 128 MB
 WORKERS = min(8, torch.get_num_threads()) if torch.cuda.is_available() else 0  # that read tiles
+DRAWN = "synthetic tissue"  # the title of results without --data
+LAYOUTS = "train/CLASS/* and test/CLASS/*, labels.csv (path, label, split), or images/* and masks/*"
+
+# What tiles can be labelled with, and the tokens that are asked for it.
 LABELS = {
     "class": "summary",
     "cells": "summary",
@@ -40,531 +71,811 @@ LABELS = {
 }
 
 
-def load_student(run: str | Path, device: str | torch.device = "cpu") -> tuple[Student, dict]:
-    """A trained student, its adaptor heads left out, from a run folder or a student.pt -> (student, its config)."""
-    path = Path(run) / "student.pt" if Path(run).is_dir() else Path(run)
-    content = read_weights(path) if path.exists() else {}
+# ---- models and their features -------------------------------------------------------------------
+
+
+def load_student(path: str | Path) -> tuple[Student, dict]:
+    """A trained student from a run folder or a student.pt -> (the student, on the CPU; its config).
+
+    config holds "student" (its name), "arch", "nested_dims", "step", "steps", "teachers",
+    "licences". InputError: there is none, or the file is something else.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "student.pt"
+    remedy = "give the folder of a run that has saved, or its student.pt"
+    if not file.exists():
+        raise InputError(f"{file} does not exist; {remedy}")
+    content = read_weights(file)
     config = content.get("config")
-    if not isinstance(config, dict) or not {
-        "arch",
-        "nested_dims",
-        "step",
-        "steps",
-        "teachers",
-        "student",
-    } <= {*config}:
-        why = "is not a student.pt written by train.py" if path.exists() else "does not exist"
-        raise InputError(
-            f"{path} {why}; give the folder of a run that has saved, or its student.pt"
-        )
+    needed = {"arch", "nested_dims", "step", "steps", "teachers", "student"}
+    if not isinstance(config, dict) or not needed <= config.keys():
+        raise InputError(f"{file} is not a student.pt written by train.py; {remedy}")
     student = Student(config["arch"])
-    load_strictly(student.backbone, content.get("state_dict", {}), str(path))
-    return student.to(device).eval(), config
+    load_strictly(student.backbone, content.get("state_dict", {}), str(file))
+    return student.eval(), config
+
+
+def embed(model: nn.Module, images: Tensor, batch_size: int = 64, kind: str = "summary") -> Tensor:
+    """Features of images (n, 3, H, W) -> (n, D), or with kind "patches" (n, N, D); see features."""
+    parts = []
+    for batch in images.split(batch_size):
+        parts.append(features(model, batch, [kind])[kind])
+    return torch.cat(parts)
 
 
 @torch.no_grad()
-def embed(model: nn.Module, images: Tensor, batch_size: int = 64, kind: str = "summary") -> Tensor:
-    """Float32, on the CPU, of images (n, 3, H, W): summary, a teacher's card embedding (n, D), or patches (n, N, D)."""
-    of = (
-        model.embed
-        if isinstance(model, cli.Teacher) and kind == "summary"
-        else lambda x: model(x)[kind]
-    )
-    return torch.cat(
-        [of(x.to(next(model.parameters()).device)).float().cpu() for x in images.split(batch_size)]
-    )
+def features(model: nn.Module, images: Tensor, kinds: Iterable[str]) -> dict[str, Tensor]:
+    """What a model gives for images (B, 3, H, W) -> {kind: float32 on the CPU}.
+
+    kinds: "summary" (B, D), of a teacher the embedding that its card recommends; "patches"
+    (B, N, D).
+    """
+    images = images.to(next(model.parameters()).device)
+    tokens = {}
+    if isinstance(model, Teacher):
+        if "summary" in kinds:
+            tokens["summary"] = model.embed(images)
+        if "patches" in kinds:
+            tokens["patches"] = model(images)["patches"]
+    else:
+        tokens = model(images)
+    return {kind: tokens[kind].float().cpu() for kind in kinds}
+
+
+# ---- labelled tiles ------------------------------------------------------------------------------
+
+
+def labelled_files(root: str | Path) -> dict[str, tuple[list[str], dict[str, list]]]:
+    """A labelled folder -> {"train": (files, targets), "test": (files, targets)}.
+
+    files: paths relative to `root`, in a mixed order that is always the same, so that no class is
+    always the earlier one where neighbours are equally near. targets: {"class":
+    numbers} or {"mask": paths}, one a file. Three layouts are understood, see LAYOUTS; labels.csv
+    comes before folders. InputError: a split has no tiles, one has masks and the other classes, or
+    a tile of the test set is of a class that the training set has not.
+    """
+    root = Path(root)
+    labels = None
+    if (root / "labels.csv").exists():
+        labels = read_labels(root / "labels.csv")
+    found = {}
+    classes = []
+    for split in ("train", "test"):
+        kind = "class"
+        top = split if (root / split).is_dir() else "."
+        if labels is not None:
+            pairs = labels.get(split, [])
+        elif (root / top / "masks").is_dir():
+            kind = "mask"
+            pairs = masked_files(root, top, split)
+        elif top == split:
+            pairs = class_files(root, split)
+        else:
+            pairs = []
+        if not pairs:
+            raise InputError(
+                f"--data: {root} has no tiles for {split}; a labelled folder holds {LAYOUTS}"
+            )
+        if found and kind not in found["train"][1]:
+            raise InputError(
+                f"--data: {root} has masks for one split and classes for the other; give one kind"
+            )
+        mixed = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
+        files = [file for file, _ in mixed]
+        targets = [label for _, label in mixed]
+        if kind == "class":
+            if split == "train":
+                classes = sorted(set(targets) - {""})
+            targets = class_numbers(root, files, targets, classes)
+        found[split] = (files, {kind: targets})
+    return found
+
+
+def read_labels(table: Path) -> dict[str, list[tuple[str, str]]]:
+    """labels.csv, with columns path, label, split -> {split: [(path, label), ...]}."""
+    csv.field_size_limit(2**31 - 1)  # a quote never closed: a row without a split, no csv.Error
+    text = table.read_text("utf-8-sig", "surrogateescape")
+    splits = {}
+    for row in csv.DictReader(text.split("\n"), skipinitialspace=True):
+        file = row.get("path")
+        label = (row.get("label") or "").strip()
+        split = (row.get("split") or "").strip()
+        if file:
+            splits.setdefault(split, []).append((file, label))
+    return splits
+
+
+def masked_files(root: Path, top: str, split: str) -> list[tuple[str, str]]:
+    """Images and masks of the same name -> [(image, mask), ...].
+
+    Without folders train/ and test/ (`top` is then "."), the last fifth of the images is the test
+    set. An image without a mask is paired with a path that does not exist, so that it is named as
+    unreadable.
+    """
+    _, images = list_tiles([root / top / "images"], "--data")
+    _, masks = list_tiles([root / top / "masks"], "--data")
+    mask_of = {}
+    for mask in masks:
+        mask_of[os.path.splitext(mask)[0]] = mask
+    pairs = []
+    for image in images:
+        mask = mask_of.get(os.path.splitext(image)[0], image)
+        pairs.append((f"{top}/images/{image}", f"{top}/masks/{mask}"))
+    if top == split:
+        return pairs
+    cut = len(pairs) - max(1, len(pairs) // 5)
+    if split == "train":
+        return pairs[:cut]
+    return pairs[cut:]
+
+
+def class_files(root: Path, split: str) -> list[tuple[str, str]]:
+    """Tiles of SPLIT/CLASS/, at any depth below -> [(file, class), ...]; class "": in no folder."""
+    _, names = list_tiles([root / split], "--data")
+    pairs = []
+    for name in names:
+        folder, slash, _ = name.partition("/")
+        pairs.append((f"{split}/{name}", folder if slash else ""))
+    return pairs
+
+
+def class_numbers(root: Path, files: list[str], labels: list[str], classes: list[str]) -> list[int]:
+    """The place of each label among the classes of the training set."""
+    numbers = []
+    for file, label in zip(files, labels, strict=True):
+        if label not in classes:
+            raise InputError(
+                f"--data: {root}/{file} is in none of the classes of train; move or remove it"
+            )
+        numbers.append(classes.index(label))
+    return numbers
+
+
+def open_mask(path: str | Path) -> Image.Image:
+    """A mask as class numbers 0 to 255, mode L. UnreadableTile: it is none, and why.
+
+    A mask has one channel, or three that are equal. JPEG changes numbers, so a JPEG has to be
+    plainly black and white: then black is 0 and white is 1.
+    """
+    try:
+        with Image.open(io.BytesIO(read_file(path))) as image:
+            check_size(image.width, image.height)
+            is_jpeg = image.format == "JPEG"
+            numbers = np.array(image.convert("L") if is_jpeg else image)
+    except UnreadableTile:
+        raise
+    except Exception as error:  # noqa: BLE001 - Pillow raises a dozen types on damaged files
+        raise UnreadableTile(f"damaged ({type(error).__name__})") from None
+    if is_jpeg:
+        numbers = black_and_white(numbers)
+    if numbers.ndim == 3 and (numbers[..., :1] == numbers[..., :3]).all():  # grey, saved as RGB
+        numbers = numbers[..., 0]
+    if numbers.ndim != 2 or numbers.dtype.kind not in "bui":
+        raise UnreadableTile("a mask has one channel of class numbers")
+    if numbers.min() < 0 or numbers.max() > 255:
+        raise UnreadableTile("a mask has class numbers from 0 to 255")
+    return Image.fromarray(numbers.astype(np.uint8))
+
+
+def black_and_white(grey: np.ndarray) -> np.ndarray:
+    """Grey values (H, W) of a JPEG that is black and white but for its blur -> bool (H, W)."""
+    between = (grey > 32) & (grey < 223)
+    has_white = grey.max() >= 223
+    all_black = grey.max() == 0
+    if between.mean() > 0.02 or not (has_white or all_black):
+        raise UnreadableTile("a JPEG changes class numbers; save masks as PNG")
+    return grey > 127
 
 
 class CentreTiles(Dataset):
-    """Tile k of `files` -> {"image": uint8 (3, size, size), "index": k, -1 if unreadable, "skipped": its path, target}.
-    targets: {"class": numbers (n,)} or {"mask": files (n,)}, whose numbers (size, size) are cut as their tile is."""
+    """Tile k of `files` -> {"image": uint8 (3, size, size), "index": k, and its target}.
+
+    The shorter side is resized to `size`, and the centre taken. targets: {"class": numbers} or
+    {"mask": paths}, one a file; a mask becomes numbers (size, size), cut as its tile is.
+    An unreadable tile or mask has index -1, and "path: reason" under "unreadable", as FolderTiles.
+    """
 
     def __init__(
-        self, root: str | Path, size: int, files: list[str], targets: dict[str, list] | None = None
+        self,
+        root: str | Path,
+        size: int,
+        files: list[str],
+        targets: dict[str, list] | None = None,
     ):
-        self.root, self.size, self.files, self.targets, self.unreadable = (
-            Path(root),
-            size,
-            files,
-            targets or {},
-            [],
-        )
+        self.root = Path(root)
+        self.size = size
+        self.files = files
+        self.targets = targets or {}
+        self.unreadable = set()  # filled by data.batches
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, k: int) -> dict:
-        item, skipped = {kind: target[k] for kind, target in self.targets.items()}, ""
-        if (image := data.open_tile(self.root / self.files[k])) is None:
-            image, skipped = Image.new("RGB", (1, 1)), str(self.root / self.files[k])
-        if "mask" in item:
-            if (
-                mask := data.open_tile(self.root / item["mask"], mask=True)
-            ) is None or mask.size != image.size:
-                mask, skipped = image.convert("L"), skipped or str(self.root / item["mask"])
-            item["mask"] = self.centre(mask, "nearest")[0]
-        return item | {
-            "image": self.centre(image),
-            "index": -1 if skipped else k,
-            "skipped": skipped,
-        }
+        path = self.root / self.files[k]
+        mask = None
+        try:
+            image = open_tile(path)
+            if "mask" in self.targets:
+                path = self.root / self.targets["mask"][k]
+                mask = open_mask(path)
+                if mask.size != image.size:
+                    raise UnreadableTile("a mask is as large as its tile")
+        except UnreadableTile as reason:
+            item = {"index": -1, "unreadable": [f"{str(path)!r}: {reason}"]}
+            image = Image.new("RGB", (1, 1))
+            mask = Image.new("L", (1, 1))
+        else:
+            item = {"index": k, "unreadable": []}
+        item["image"] = self.centre(image, TF.InterpolationMode.BICUBIC)
+        if "class" in self.targets:
+            item["class"] = self.targets["class"][k]
+        if "mask" in self.targets:
+            item["mask"] = self.centre(mask, TF.InterpolationMode.NEAREST)[0]  # (size, size)
+        return item
 
-    def centre(
-        self, image: Image.Image, mode: str = "bicubic"
-    ) -> Tensor:  # shorter side to `size`, then crop
-        return TF.pil_to_tensor(
-            TF.center_crop(TF.resize(image, self.size, TF.InterpolationMode(mode)), self.size)
-        )
+    def centre(self, image: Image.Image, mode: TF.InterpolationMode) -> Tensor:
+        """The shorter side to `size`, then the centre -> (channels, size, size)."""
+        image = TF.resize(image, self.size, mode)
+        return TF.pil_to_tensor(TF.center_crop(image, self.size))
+
+
+def readable_batches(tiles: Dataset, title: str) -> Iterator[dict]:
+    """All tiles in batches, with progress under a title; unreadable ones are named and left out."""
+    for batch in data.batches(tiles, range(len(tiles)), 64, WORKERS, label=title):
+        if "index" in batch:  # drawn tissue has none, and is always readable
+            readable = batch["index"] >= 0
+            batch = {key: values[readable] for key, values in batch.items()}
+        yield batch
+
+
+# ---- the tasks: plain tensors in, numbers out ----------------------------------------------------
 
 
 def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarities (q, k) and indices (q, k) of the k nearest of the bank (all, if it has fewer), in order."""
-    bank, k = F.normalize(bank.float(), dim=-1), min(k, len(bank))
-    found = [
-        (F.normalize(part.float(), dim=-1) @ bank.T).topk(k) for part in queries.split(1024)
-    ]  # bounds the matrix
-    return torch.cat([similarity for similarity, _ in found]), torch.cat(
-        [index for _, index in found]
-    )
+    """The k rows of the bank most similar to each query, by cosine in float64, nearest first.
+
+    bank: (n, D), queries: (q, D) -> similarities (q, k) and places in the bank (q, k), with k at
+    most n. Of equally similar rows the earlier in the bank is nearer.
+    """
+    k = min(k, len(bank))
+    bank = F.normalize(bank.double(), dim=-1)
+    queries = F.normalize(queries.double(), dim=-1)
+    # A matrix product rounds equal rows differently at different places. So where there are any,
+    # each distinct row is multiplied once, and its similarity copied to where it stands.
+    distinct, place = torch.unique(bank, dim=0, return_inverse=True)
+    has_equal_rows = len(distinct) < len(bank)
+    similarities = []
+    indices = []
+    rows = max(1, SIMILARITIES // len(bank))  # queries at a time
+    for part in queries.split(rows):
+        if has_equal_rows:
+            similarity = (part @ distinct.T)[:, place]  # (rows, n)
+        else:
+            similarity = part @ bank.T  # (rows, n)
+        values, index = largest(similarity, k)
+        similarities.append(values)
+        indices.append(index)
+    return torch.cat(similarities), torch.cat(indices)
 
 
-def accuracies(
-    predicted: Tensor, truth: Tensor
-) -> dict[str, float]:  # (n,); balanced: over the classes of `truth`
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of x (q, n), in order, and their places; of equals the earlier."""
+    values, index = x.topk(min(k + 1, x.shape[1]))
+    if index.shape[1] > k:
+        # Of several that equal the k-th, topk takes any. Where the next does, sort the whole row.
+        tied = values[:, k] == values[:, k - 1]
+        index = index[:, :k]
+        if tied.any():
+            order = x[tied].argsort(dim=1, descending=True, stable=True)
+            index[tied] = order[:, :k]
+    index = index.sort(1).values
+    values, order = x.gather(1, index).sort(dim=1, descending=True, stable=True)
+    return values, index.gather(1, order)
+
+
+def accuracies(predicted: Tensor, truth: Tensor) -> dict[str, float]:
+    """Of labels (n,): accuracy, and its mean over the classes of `truth`, balanced_accuracy."""
     hits = (predicted == truth).double()
-    recalls = torch.stack([hits[truth == label].mean() for label in truth.unique()])
-    return {"accuracy": hits.mean().item(), "balanced_accuracy": recalls.mean().item()}
+    recalls = []
+    for label in truth.unique():
+        recalls.append(hits[truth == label].mean())
+    balanced = torch.stack(recalls).mean()
+    return {"balanced_accuracy": balanced.item(), "accuracy": hits.mean().item()}
 
 
-def knn(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20
-) -> dict[str, float]:
-    """k = 20 (at most the bank), cosine, votes weighted exp(similarity / 0.07), as in DINO (arXiv 2104.14294)."""
+def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20) -> dict:
+    """Weighted votes of the k nearest. Equal votes: the lower class number."""
     similarity, index = nearest(train_x, test_x, k)
-    votes = torch.zeros(len(test_x), int(train_y.max()) + 1).scatter_add(
-        1, train_y[index], (similarity / 0.07).exp()
-    )
-    return accuracies(votes.argmax(-1), test_y)
+    weights = (similarity / 0.07).exp()  # (q, k)
+    votes = torch.zeros(len(test_x), int(train_y.max()) + 1, dtype=torch.float64)
+    votes.scatter_add_(1, train_y[index], weights)
+    return accuracies(votes.argmax(1), test_y)
 
 
-def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, float]:
-    """Test queries train by cosine. Acc@n: a hit among the n nearest; mMV@5: majority of 5, ties to the nearest."""
-    labels = train_y[nearest(train_x, test_x, 5)[1]]  # (q, 5)
-    votes = (labels[:, :, None] == labels[:, None]).sum(
-        -1
-    )  # (q, 5): how many of the five have the label of each
-    majority = labels.gather(1, votes.argmax(-1, keepdim=True))[
-        :, 0
-    ]  # of equals argmax takes the first, the nearest
-    metrics = {
-        f"Acc@{n}": (labels[:, :n] == test_y[:, None]).any(-1).double().mean().item()
-        for n in (1, 3, 5)
-    }
-    return metrics | {"mMV@5": accuracies(majority, test_y)["accuracy"]}
+def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> dict:
+    """Whether the nearest tiles are of the query's class; see PROTOCOLS."""
+    _, index = nearest(train_x, test_x, 5)
+    labels = train_y[index]  # (q, 5)
+    metrics = {}
+    for n in (1, 3, 5):
+        hits = (labels[:, :n] == test_y[:, None]).any(1)
+        metrics[f"Acc@{n}"] = hits.double().mean().item()
+    # How many of the five have the label of each; of equals argmax takes the first, the nearest.
+    votes = (labels[:, :, None] == labels[:, None, :]).sum(2)  # (q, 5)
+    majority = labels.gather(1, votes.argmax(1, keepdim=True))[:, 0]  # (q,)
+    metrics["mMV@5"] = accuracies(majority, test_y)["accuracy"]
+    return metrics
 
 
 def adaptive_retrieval(
-    train_x, train_y, test_x, test_y, dim: int, shortlist: int = 200
-) -> dict[str, float]:
-    """The 200 nearest at `dim` channels, re-ranked at all, as in MRL (2205.13147); work: its share of a full search."""
-    candidates = nearest(**truncate({"bank": train_x, "queries": test_x}, dim), k=shortlist)[
-        1
-    ]  # (q, shortlist)
-    bank, queries, best = (
-        F.normalize(train_x.float(), dim=-1),
-        F.normalize(test_x.float(), dim=-1),
-        [],
-    )
-    for rows, part in zip(candidates.split(64), queries.split(64)):
-        best.append(
-            rows.gather(1, torch.einsum("qsd,qd->qs", bank[rows], part).argmax(-1, keepdim=True))[
-                :, 0
-            ]
-        )
-    work = (
-        1.0
-        if dim == train_x.shape[1]
-        else dim / train_x.shape[1] + candidates.shape[1] / len(train_x)
-    )
-    return {"Acc@1": accuracies(train_y[torch.cat(best)], test_y)["accuracy"], "work": work}
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    dim: int,
+    shortlist: int = 200,
+) -> dict:
+    """The nearest at `dim` channels, re-ranked at all of them; see PROTOCOLS.
+
+    It takes features whole, unlike the other tasks, and cuts them itself.
+    """
+    width = train_x.shape[1]
+    cut = truncate({"bank": train_x, "queries": test_x}, dim)
+    _, candidates = nearest(cut["bank"], cut["queries"], shortlist)  # (q, shortlist)
+    if dim == width:  # a full search already
+        best = candidates[:, 0]
+        work = 1.0
+    else:
+        best = rerank(train_x, test_x, candidates)
+        work = dim / width + candidates.shape[1] / len(train_x)
+    return {"Acc@1": accuracies(train_y[best], test_y)["accuracy"], "work": work}
+
+
+def rerank(bank: Tensor, queries: Tensor, candidates: Tensor) -> Tensor:
+    """Of candidates (q, s), places in the bank, the most similar (q,); of equals the earlier."""
+    bank = F.normalize(bank.double(), dim=-1)
+    queries = F.normalize(queries.double(), dim=-1)
+    candidates = candidates.sort(1).values  # so that the first of equals is the earlier
+    best = []
+    for part, query in zip(candidates.split(32), queries.split(32), strict=True):
+        # A plain sum, not a matrix product, which rounds equal rows differently at different
+        # places.
+        similarity = (bank[part] * query[:, None]).sum(2)  # (32, s)
+        best.append(part.gather(1, similarity.argmax(1, keepdim=True))[:, 0])
+    return torch.cat(best)
 
 
 def fit_linear(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logistic regression of y (n,) on x (n, M), in float64 -> W (K, M), bias (K,), classes (K,): minimises sum_i CE_i
-    + lambda / 2 ||W||^2, lambda = 100 / (M K), bias free: scikit-learn's with C = M K / 100, for K = 2 twice that."""
+    """Logistic regression of labels y (n,) on x (n, M) -> W (K, M), bias (K,), classes (K,).
+
+    In float64. Minimises sum_i CE_i + lambda / 2 ||W||^2 with lambda = 100 / (M K), the bias free:
+    that is scikit-learn's LogisticRegression with C = M K / 100, for K = 2 with twice that.
+    """
     classes, y = y.unique(return_inverse=True)
-    (n, M), K, mean = x.shape, len(classes), x.double().mean(0)
-    x, decay = x.double() - mean, 100 / (M * K * n)  # everything divided by n
-    # L-BFGS works on V, where W = P V and P P^T is about the inverse Hessian at zero: the same minimum, far fewer steps
-    curvature, U = torch.linalg.eigh(x.T @ x / (n * K) + decay * torch.eye(M))
-    z = x @ (P := U / curvature.sqrt())
-    V, bias = (torch.zeros(rows, K, dtype=torch.float64, requires_grad=True) for rows in (M, 1))
+    n, M = x.shape
+    K = len(classes)
+    decay = 100 / (M * K) / n  # lambda / n: the whole objective is divided by n
+    mean = x.double().mean(0)
+    x = x.double() - mean
+    # L-BFGS works on V, where W = P V and P P^T is about the inverse Hessian at zero: the same
+    # minimum, found in far fewer steps, whatever the scales of the channels.
+    hessian = x.T @ x / (n * K) + decay * torch.eye(M)
+    curvature, U = torch.linalg.eigh(hessian)
+    P = U / curvature.sqrt()
+    z = x @ P
+    V = torch.zeros(M, K, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(K, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [V, bias], max_iter=5000, tolerance_change=1e-13, line_search_fn="strong_wolfe"
     )
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(z @ V + bias, y) + decay / 2 * (P @ V).square().sum()
+        loss = F.cross_entropy(z @ V + bias, y)
+        loss = loss + decay / 2 * (P @ V).square().sum()
         loss.backward()
         return loss
 
     optimizer.step(objective)
-    W = (P @ V.detach()).T
-    return W, bias.detach()[0] - W @ mean, classes
+    W = (P @ V.detach()).T  # (K, M)
+    return W, bias.detach() - W @ mean, classes
 
 
-def linear_probe(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
-) -> dict[str, float]:
-    """Logistic regression to convergence: sum of CE + 50 / (channels * classes) * ||W||^2, as `fit_linear` has it."""
+def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> dict:
+    """Logistic regression on frozen features; see fit_linear."""
     W, bias, classes = fit_linear(train_x, train_y)
-    return accuracies(classes[(test_x.double() @ W.T + bias).argmax(-1)], test_y)
+    logits = test_x.double() @ W.T + bias  # (q, K)
+    return accuracies(classes[logits.argmax(1)], test_y)
 
 
-def overlap(
-    confusion: Tensor,
-) -> dict[str, float]:  # of pixel counts (K, K): rows the truth, columns predicted
-    hits, sizes = confusion.diagonal().double(), (confusion.sum(0) + confusion.sum(1)).double()
-    metrics = {"mIoU": hits / (sizes - hits), "Dice": 2 * hits / sizes}
-    return {name: values[sizes > 0].mean().item() for name, values in metrics.items()}
+def dense_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> dict:
+    """The linear probe on patch tokens, its logits enlarged to the mask; see PROTOCOLS.
 
-
-def dense_probe(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
-) -> dict[str, float]:
-    """The linear probe on 100,000 patch tokens at most, labelled by their centre; logits enlarged; all test pixels.
-    x: (n, N, D); y: masks (n, S, S) of class numbers 0 to 255."""
+    x: (n, N, D), y: masks (n, S, S) of class numbers 0 to 255.
+    """
     grid = round(train_x.shape[1] ** 0.5)
-    y = (
-        F.interpolate(train_y[:, None].float(), (grid, grid), mode="nearest-exact").flatten().long()
-    )  # (n * N,)
-    some = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:TOKENS]
-    W, bias, classes = fit_linear(train_x.flatten(0, 1)[some], y[some])
+    y = F.interpolate(train_y[:, None].float(), (grid, grid), mode="nearest-exact")
+    y = y.flatten().long()  # (n * N,)
+    x = train_x.flatten(0, 1)  # (n * N, D)
+    chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:TOKENS]
+    W, bias, classes = fit_linear(x[chosen], y[chosen])
     confusion = torch.zeros(256 * 256, dtype=torch.long)
-    for x, truth in zip(test_x.split(64), test_y.long().split(64)):
-        logits = (
-            (x.double() @ W.T + bias).transpose(1, 2).unflatten(2, (grid, grid))
-        )  # (b, K, grid, grid)
-        predicted = classes[
-            F.interpolate(logits, truth.shape[1:], mode="bilinear").argmax(1)
-        ]  # (b, S, S)
-        confusion += (256 * truth + predicted).flatten().bincount(minlength=256 * 256)
+    for tokens, truth in zip(test_x.split(64), test_y.long().split(64), strict=True):
+        logits = tokens.double() @ W.T + bias  # (b, N, K)
+        logits = logits.transpose(1, 2).unflatten(2, (grid, grid))  # (b, K, grid, grid)
+        logits = F.interpolate(logits, truth.shape[1:], mode="bilinear")  # (b, K, S, S)
+        predicted = classes[logits.argmax(1)]  # (b, S, S)
+        pairs = (256 * truth + predicted).flatten()
+        confusion += pairs.bincount(minlength=256 * 256)
     return overlap(confusion.view(256, 256))
 
 
+def overlap(confusion: Tensor) -> dict[str, float]:
+    """mIoU and Dice, means over the classes that are true or predicted somewhere.
+
+    confusion: pixel counts (K, K), a row a true class, a column a predicted one.
+    """
+    hits = confusion.diagonal().double()
+    sizes = (confusion.sum(0) + confusion.sum(1)).double()  # of truth and prediction together
+    present = sizes > 0
+    iou = hits / (sizes - hits)
+    dice = 2 * hits / sizes
+    return {"mIoU": iou[present].mean().item(), "Dice": dice[present].mean().item()}
+
+
+PROTOCOLS = {
+    "knn": "k = 20 (at most the bank), cosine, votes weighted exp(similarity / 0.07), as in DINO "
+    "(arXiv 2104.14294)",
+    "linear": "logistic regression, to convergence: minimises the sum of cross-entropies "
+    "+ 50 / (channels * classes) ||W||^2",
+    "retrieval": "test queries train, cosine; Acc@n: a hit among the n nearest; mMV@5: majority of "
+    "five, ties to the nearest",
+    "adaptive": "the 200 nearest at m channels, re-ranked at all, as in MRL (arXiv 2205.13147); "
+    "work: its multiply-adds, as a share of a full search",
+    "dense": "the linear probe on at most 100,000 patch tokens, each labelled by its centre; "
+    "logits enlarged; all test pixels",
+}
 TASKS = {
-    f.__name__.split("_")[0]: f
-    for f in (knn, linear_probe, retrieval, adaptive_retrieval, dense_probe)
+    "knn": knn,
+    "linear": linear_probe,
+    "retrieval": retrieval,
+    "adaptive": adaptive_retrieval,
+    "dense": dense_probe,
 }
 
 
-def evaluate(models: dict, train: Dataset, test: Dataset, tasks: list[str]) -> list[dict]:
-    """models: {name: (model, dims to cut it to)} -> rows {"model", "dim", ..., "scores": {label: {task: metrics}}}."""
-    fits = {
-        "summary": [task for task in tasks if task != "dense"],
-        "patches": ["dense"] * ("dense" in tasks),
-    }
-    labels = {label: kind for label, kind in LABELS.items() if label in train[0] and fits[kind]}
-    kinds, x, rows = (
-        {*labels.values()},
-        {},
-        [],
-    )  # x: {(model, kind) or label: {split: features or labels}}
-    for split, tiles in {"train": train, "test": test}.items() if labels else ():
-        seen = []
-        for batch in data.batches(
-            tiles, range(len(tiles)), 64, WORKERS, label=f"embedding {split}"
-        ):
-            z = {
-                (k, kind): embed(models[k][0], batch["image"], kind=kind)
-                for k in models
-                for kind in kinds
-            }
-            seen.append(z | {label: batch[label] for label in labels})
-        x = {
-            key: x.get(key, {}) | {split: torch.cat([part[key] for part in seen])}
-            for key in seen[0]
-        }
-    for name, (model, dims) in models.items():
-        parameters = round(1e6 * millions(model.backbone if isinstance(model, Student) else model))
-        for m in dims:
-            scores = {label: {} for label in labels}
-            for label, task in (
-                (label, task) for label, kind in labels.items() for task in fits[kind]
-            ):
-                z, y = x[name, labels[label]], x[label]
-                z, dim = (
-                    (z, {"dim": m}) if task == "adaptive" else (truncate(z, m), {})
-                )  # adaptive takes it whole
-                scores[label][task] = TASKS[task](
-                    z["train"], y["train"], z["test"], y["test"], **dim
-                )
-            n = {split: len(y) for label in labels for split, y in x[label].items()}
-            rows.append(
-                {"model": name, "parameters": parameters, "dim": m, "n": n, "scores": scores}
-            )
-    return rows
+# ---- from tiles to rows --------------------------------------------------------------------------
 
 
-def table(
-    rows: list[dict], label: str
-) -> str:  # aligned text, in per cent: a line for each model and dim
-    scores, width = rows[0]["scores"][label], max(34, *(len(row["model"]) for row in rows)) + 2
-    tasks = "".join(f"{task:>10}".ljust(10 * len(scores[task])) for task in scores)
-    metrics = "".join(
-        f"{metric.removesuffix('_accuracy'):>10}" for task in scores for metric in scores[task]
-    )
-    head = (
-        f"{label}, %, {rows[0]['n']['train']} tiles to learn from, {rows[0]['n']['test']} to test"
-    )
-    lines = [f"{head:{width + 16}}{tasks}", f"{'model':{width}}parameters   dim{metrics}"]
-    for row in rows:
-        values = "".join(
-            f"{100 * value:>10.1f}"
-            for task in row["scores"][label].values()
-            for value in task.values()
-        )
-        lines.append(
-            f"{row['model']:{width}}{row['parameters'] / 1e6:>8.3f} M{row['dim']:>6}{values}"
-        )
-    return "\n".join(lines)
+def run_tasks(
+    models: dict[str, tuple[nn.Module, list[int]]],
+    root: str | Path | None,
+    seed: int = 0,
+    tasks: list[str] | None = None,
+) -> dict:
+    """Every task on every model at each of its dims -> a result that JSON can hold.
 
-
-def report(
-    models: dict, runs: list[Path], root: str | None, seed: int, tasks=tuple(TASKS)
-) -> list[dict]:
-    """Evaluate on a labelled folder or on synthetic tissue; print; add to each run's results.json; draw its figures."""
-    title, name = (
-        root or "synthetic tissue",
-        re.sub(r"\W+", "-", root or "synthetic tissue").strip("-") or "data",
-    )
-    folders, rows, unreadable = {run if run.is_dir() else run.parent for run in runs}, [], set()
-    splits, some = data.labelled_files(root).values() if root else ("bank", "test"), range(N_TILES)
-    sizes = {
-        k: m.backbone.img_size if isinstance(m, Student) else m.card_size
-        for k, (m, _) in models.items()
-    }
-    for size in dict.fromkeys(sizes.values()):  # each model sees tiles of its own size
-        group = {key: models[key] for key in models if sizes[key] == size}
-        tiles = [
-            CentreTiles(root, size, *x) if root else Subset(data.TissueTiles(x, seed, size), some)
-            for x in splits
-        ]
-        rows += evaluate(group, *tiles, tasks)
-        unreadable |= {path for split in tiles for path in getattr(split, "unreadable", [])}
-        for folder in folders:
-            draw_patches(group, tiles[1], folder / f"patches-{name}-{size}px.png")
-    if not rows[0]["scores"]:
-        raise InputError(
-            f"--tasks: {root} holds {'classes, no masks' if 'dense' in tasks else 'masks, no classes'}"
-        )
-    print("\n" + (tables := "\n\n".join(table(rows, label) for label in rows[0]["scores"])))
-    result = {
-        "protocol": {
-            task: TASKS[task].__doc__ for scores in rows[0]["scores"].values() for task in scores
-        }
-    }
-    result["tiles"] = (
-        "shorter side to the model's size, centre crop" if root else "drawn at the model's size"
-    )
-    result |= {
+    models: {name: (student or teacher, dims to cut its embedding to)}; root: a labelled folder,
+    None for drawn tissue (of `seed`); tasks: names in TASKS, all of them if None; those that fit no
+    label are left out. result["rows"]: [{"model", "parameters", "dim", "n", "scores": {label:
+    {task: {metric: value}}}}, ...], beside "protocol", "tiles", "seed", "unreadable", "torch",
+    "numpy". InputError: no task fits the tiles.
+    """
+    tasks = list(tasks or TASKS)
+    rows = []
+    unreadable = set()
+    for size, group in by_size(models).items():  # each model sees tiles of its own size
+        train_tiles, test_tiles = open_splits(root, seed, size)
+        plan = plan_tasks(train_tiles[0], tasks)
+        if not plan:
+            holds = "classes, no masks" if "dense" in tasks else "masks, no classes"
+            raise InputError(f"--tasks: {root} holds {holds}; choose other tasks")
+        train = extract(group, train_tiles, plan, "embedding train")
+        test = extract(group, test_tiles, plan, "embedding test")
+        if root:
+            unreadable.update(train_tiles.unreadable, test_tiles.unreadable)
+        for name, (model, dims) in group.items():
+            for dim in dims:
+                scores = score(name, dim, plan, train, test)
+                rows.append(make_row(name, model, dim, scores, train, test))
+    seen = "drawn at the model's size"
+    if root:
+        seen = "shorter side to the model's size, centre"
+    protocol = {}
+    for scores in rows[0]["scores"].values():
+        for task in scores:
+            protocol[task] = PROTOCOLS[task]
+    return {
+        "protocol": protocol,
+        "tiles": seen,
         "seed": seed,
         "unreadable": sorted(unreadable),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "rows": rows,
     }
-    for file in (folder / "results.json" for folder in folders):
-        with FileLock(f"{file}.lock"):  # another evaluation adds its rows before or after
-            try:
-                earlier = json.loads(file.read_text()) if file.exists() else {}
-                results = json.dumps({**earlier, title: result | {"rows": rows}}, indent=1).encode()
-            except (TypeError, ValueError) as error:
-                raise InputError(f"{file} cannot be read: {error}; move it") from None
-            save_atomically(results, file)
-            if (card := file.with_name("model_card.md")).exists():  # a section a title, the newest
-                top, *others = card.read_bytes().split(heading := b"\n## Evaluation on ")
-                section = f"{repr(title)[1:-1]}\n```text\n{tables}\n```\n".encode(
-                    errors="backslashreplace"
+
+
+def by_size(models: dict) -> dict[int, dict]:
+    """Models that see tiles of one size together: {pixels a side: {name: (model, dims)}}."""
+    groups = {}
+    for name, (model, dims) in models.items():
+        size = model.card_size if isinstance(model, Teacher) else model.img_size
+        groups.setdefault(size, {})[name] = (model, dims)
+    return groups
+
+
+def open_splits(root: str | Path | None, seed: int, size: int) -> tuple[Dataset, Dataset]:
+    """Tiles to learn from and to test on, of a labelled folder or drawn (N_TILES of each)."""
+    if root:
+        splits = labelled_files(root)
+        return CentreTiles(root, size, *splits["train"]), CentreTiles(root, size, *splits["test"])
+    train = data.TissueTiles("bank", seed, size, N_TILES)
+    test = data.TissueTiles("test", seed, size, N_TILES)
+    return train, test
+
+
+def plan_tasks(tile: dict, tasks: list[str]) -> dict[str, list[str]]:
+    """The tasks that fit each label of a tile -> {label: [task, ...]}; dense: labels of pixels."""
+    plan = {}
+    for label, kind in LABELS.items():
+        fitting = [task for task in tasks if (task == "dense") == (kind == "patches")]
+        if label in tile and fitting:
+            plan[label] = fitting
+    return plan
+
+
+def extract(models: dict, tiles: Dataset, plan: dict, title: str) -> dict:
+    """One pass over the tiles for all models -> features and labels of the readable ones.
+
+    Features (n, D) or (n, N, D) are keyed (model, kind), labels (n,) or (n, S, S) by their name.
+    """
+    kinds = {LABELS[label] for label in plan}
+    parts = defaultdict(list)
+    for batch in readable_batches(tiles, title):
+        for name, (model, _) in models.items():
+            for kind, x in features(model, batch["image"], kinds).items():
+                parts[name, kind].append(x)
+        for label in plan:
+            parts[label].append(batch[label])
+    extracted = {}
+    for key in parts:
+        extracted[key] = torch.cat(parts[key])
+    return extracted
+
+
+def score(name: str, dim: int, plan: dict, train: dict, test: dict) -> dict:
+    """The tasks of `plan` on one model, cut to `dim` -> {label: {task: {metric: value}}}."""
+    scores = {}
+    for label, tasks in plan.items():
+        key = (name, LABELS[label])
+        whole = {"train": train[key], "test": test[key]}
+        cut = truncate(whole, dim)
+        scores[label] = {}
+        for task in tasks:
+            if task == "adaptive":  # takes features whole, and cuts them itself
+                metrics = adaptive_retrieval(
+                    whole["train"], train[label], whole["test"], test[label], dim
                 )
-                others = [x for x in others if x.split(b"\n")[0] != section.split(b"\n")[0]]
-                save_atomically(heading.join([top, *others, section]), card)
-        print(
-            f"{title}: {file}, pictures beside it{', instead of its earlier rows' if title in earlier else ''}"
-        )
-        draw_curves(rows, file.with_name("log.jsonl"), file.with_name(f"curves-{name}.png"))
-    return rows
+            else:
+                metrics = TASKS[task](cut["train"], train[label], cut["test"], test[label])
+            scores[label][task] = metrics
+    return scores
 
 
-def draw_curves(rows: list[dict], log: Path, file: Path) -> None:
-    """A panel a label, its first metric against the dims; then the run's loss and cosines, from its log.jsonl."""
+def make_row(name: str, model: nn.Module, dim: int, scores: dict, train: dict, test: dict) -> dict:
+    """One row of the table and of results.json."""
+    label = next(iter(scores))
+    return {
+        "model": name,
+        "parameters": round(1e6 * millions(model)),
+        "dim": dim,
+        "n": {"train": len(train[label]), "test": len(test[label])},
+        "scores": scores,
+    }
+
+
+# ---- what is printed and what is saved -----------------------------------------------------------
+
+
+def print_result(result: dict) -> None:
+    """A table a label, in per cent, a line for each model and dim; then the protocols."""
+    for label in result["rows"][0]["scores"]:
+        print_table(result["rows"], label)
+    for task, protocol in result["protocol"].items():
+        print(f"{task}: {protocol}")
+    print(f"seed {result['seed']}; tiles: {result['tiles']}")
+
+
+def print_table(rows: list[dict], label: str) -> None:
+    """The table of one label."""
+    first = rows[0]
+    width = 34
+    for row in rows:
+        width = max(width, len(row["model"]))
+    n = first["n"]
+    title = f"{label}, %, {n['train']} tiles to learn from, {n['test']} to test"
+    tasks = f"{title:{width + 20}}"
+    metrics = f"{'model':{width + 2}}parameters     dim"
+    for task, values in first["scores"][label].items():
+        tasks += f"{task:>10}".ljust(10 * len(values))
+        for metric in values:
+            metrics += f"{metric.removesuffix('_accuracy'):>10}"
+    print(f"\n{tasks}\n{metrics}")
+    for row in rows:
+        line = f"{row['model']:{width + 2}}{row['parameters'] / 1e6:>8.3f} M{row['dim']:>8}"
+        for values in row["scores"][label].values():
+            for value in values.values():
+                line += f"{100 * value:>10.1f}"
+        print(line)
+    print()
+
+
+def save_result(result: dict, title: str, folder: str | Path) -> None:
+    """Put a result under its title into folder/results.json; those of other titles stay.
+
+    InputError: it cannot be read or written; names --out.
+    """
+    file = Path(folder) / "results.json"
+    results = {}
+    if file.exists():
+        try:
+            results = dict(json.loads(file.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{file} cannot be read ({error}); move it, or give another folder with --out"
+            ) from None
+    results[title] = result
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("no curves are drawn without matplotlib: pip install matplotlib")
-    panels = defaultdict(lambda: defaultdict(dict))  # {title: {line: {x: y}}}
-    for row, (label, tasks) in ((r, item) for r in rows for item in r["scores"].items()):
-        task, metric = next((task, metric) for task in tasks for metric in tasks[task])
-        panels[f"{label}: {task} {metric}, %"][row["model"]][row["dim"]] = 100 * tasks[task][metric]
-    lines = log.read_text().splitlines() if log.exists() else []
-    for line in (
-        json.loads(line) for line in lines if line.endswith("}}")
-    ):  # a power cut can leave half a line
-        panels["training loss"]["loss"][line["step"]] = line["loss"]
-        for term, dim in (
-            (term, dim) for term, values in line["terms"].items() for dim in values if "cos" in term
-        ):
-            panels["cosine to the teacher"][f"{term}, {dim} channels"][line["step"]] = line[
-                "terms"
-            ][term][dim]
-    figure, dims = (
-        Figure(figsize=(5 * len(panels), 4), layout="constrained"),
-        sorted({row["dim"] for row in rows}),
-    )
-    scale = {"xlabel": "channels", "xscale": "symlog", "xticks": dims, "xticklabels": dims}
-    for axes, (title, lines) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
-    ):
-        for label, points in lines.items():  # a teacher is not cut: a level line
-            xs, style = (list(points), ".-") if len(points) > 1 else ([dims[0], dims[-1]], "--")
-            axes.plot(xs, [*points.values()] * (len(xs) // len(points)), style, label=label)
-        axes.set(title=title, **(scale if "%" in title else {"xlabel": "step"}))
-        axes.legend(fontsize="small")
-    save_atomically(figure, file, lambda figure, out: figure.savefig(out))
+        save_atomically(json.dumps(results, indent=1).encode(), file)
+    except InputError as error:
+        raise InputError(f"{error} with --out") from None
+    print(f"{title}: {file}")
 
 
-def draw_patches(
-    models: dict, tiles: Dataset, file: Path
-) -> None:  # a row a tile: it, then its tokens' PCA as RGB
-    images = torch.stack([tiles[k]["image"] for k in range(min(4, len(tiles)))])
-    views = {"tile": images / 255}
-    for name, (model, _) in models.items():
-        z = embed(model, images, kind="patches")  # (4, N, D)
-        rgb = (z - z.mean((0, 1))) @ torch.linalg.eigh(z.flatten(0, 1).T.cov())[1][
-            :, -3:
-        ]  # (4, N, 3)
-        low, top = rgb.flatten(0, 1).quantile(torch.tensor([0.02, 0.98]), 0)
-        views[name] = (
-            ((rgb - low) / (top - low).clamp(1e-9))
-            .clamp(0, 1)
-            .mT.unflatten(2, (round(len(z[0]) ** 0.5), -1))
-        )
-    cells = torch.stack(
-        [F.interpolate(column, (224, 224)) for column in views.values()], 1
-    ).flatten(0, 1)
-    sheet = TF.to_pil_image(utils.make_grid(cells, nrow=len(views), padding=4, pad_value=1))
-    for i, name in enumerate(views):
-        ImageDraw.Draw(sheet).text(
-            (10 + 228 * i, 8), name, "black", stroke_width=2, stroke_fill="white"
-        )
-    save_atomically(sheet, file, lambda sheet, out: sheet.save(out, "png"))
+def write_embeddings(
+    student: Student, config: dict, folder: str, dim: int, half: bool, out: str
+) -> None:
+    """Write an .npz: of all tiles below a folder the first `dim` channels and paths; licences."""
+    top, files = list_tiles([folder], "--embed")
+    tiles = CentreTiles(top, student.img_size, files)
+    embeddings = np.empty((len(tiles), dim), np.float16 if half else np.float32)
+    paths = []
+    for batch in readable_batches(tiles, f"embedding {folder}"):
+        tokens = truncate({"summary": embed(student, batch["image"])}, dim)
+        start = len(paths)
+        for k in batch["index"]:
+            paths.append(files[k])
+        embeddings[start : len(paths)] = tokens["summary"]
+    licences = []
+    for name, text in config.get("licences", {}).items():
+        licences.append(f"{name}: {text}")
+    content = {
+        "embeddings": embeddings[: len(paths)],  # (n, dim), of the readable tiles
+        "paths": paths,
+        "dim": dim,
+        "licences": licences,
+        "model": config["student"],
+        "step": config["step"],
+    }
+    save_atomically(content, out, write_npz)
+    print(f"{len(paths)} embeddings of {dim} channels in {out}; licences: {'; '.join(licences)}")
 
 
-def main() -> None:  # the command line
-    add = (parser := data.OneLineParser("evaluate.py", description=__doc__)).add_argument
-    add(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="a run folder or a student.pt; several stand side by side",
-    )
-    add("--data", type=data.path, help=f"a folder of {data.LABELLED} (default: synthetic tissue)")
-    add(
-        "--tasks",
-        type=data.name_list,
-        default=[*TASKS],
-        help=f"of {', '.join(TASKS)} (default: all that fit)",
-    )
-    add("--dims", type=data.dim_list, help="comma-separated (default: each run's nested dims)")
-    add(
-        "--teachers",
-        type=data.name_list,
-        help="beside the runs, '' for none (default: the last run's, where offline)",
-    )
-    add(
-        "--embed",
-        type=data.path,
-        metavar="DIR",
-        help="instead, write the embeddings of all tiles of a folder to --out",
-    )
-    add(
-        "--dim",
-        type=data.positive,
-        help="channels to keep, with --embed (default: all) or in a student.pt at --out",
-    )
+def write_npz(content: dict, file) -> None:
+    """What save_atomically calls to write the .npz."""
+    np.savez(file, **content)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The flags, checked."""
+    parser = make_parser("evaluate.py", __doc__)
+    add = parser.add_argument
+    tasks = ", ".join(TASKS)
+    add("runs", nargs="+", metavar="RUN", help="a run folder or a student.pt; or several")
+    add("--data", type=path, help=f"a folder of {LAYOUTS} (default: drawn tissue)")
+    add("--tasks", type=name_list, help=f"of {tasks} (default: all that fit)")
+    add("--dims", type=dim_list, help="comma-separated (default: each run's nested dims)")
+    add("--teachers", type=name_list, help="'' for none (default: the last run's offline ones)")
+    add("--embed", type=path, metavar="DIR", help="instead, write a folder's embeddings to --out")
+    add("--dim", type=positive, help="with --embed: channels to keep (default: all)")
     add("--half", action="store_true", help="with --embed: fp16 instead of fp32")
-    add(
-        "--out",
-        type=data.path,
-        metavar="FILE",
-        help="with --embed: the .npz to write; with --dim alone: the .pt",
-    )
-    add("--seed", type=data.natural, default=0, help="of the synthetic tissue (default: 0)")
-    add("--device", type=data.path, help="cuda, mps or cpu (default: the best at hand)")
-    add(
-        "--weights-dir",
-        type=data.folder,
-        default="weights",
-        help="where teachers' weights are (default: weights)",
-    )
-    device, models = cli.choose_device((args := parser.parse_args()).device)[0], {}
-    if not args.tasks or not {*args.tasks} <= TASKS.keys():
+    add("--out", type=path, help="folder of results.json (default: RUN); with --embed: an .npz")
+    add("--seed", type=natural, default=0, help="of the drawn tissue (default: 0)")
+    add("--device", type=path, help="cuda, mps or cpu (default: the best at hand)")
+    add("--weights-dir", type=path, default="weights", help="of teachers (default: weights)")
+    args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def check_args(args: Namespace) -> None:
+    """InputError: a flag has no meaning, alone or beside another."""
+    if args.tasks is not None and (not args.tasks or not set(args.tasks) <= TASKS.keys()):
         raise InputError(f"--tasks: choose from {', '.join(TASKS)}")
-    for run in args.runs:
-        student, config = load_student(run, device)
-        if (dim := max([args.dim or 0, *(args.dims or [])])) > (width := student.backbone.width):
-            raise InputError(
-                f"--dims, --dim: {dim} is above the width of {run}; give at most {width}"
-            )
-        models[repr(run)[1:-1]] = (student, args.dims or config["nested_dims"])
-    if args.embed or args.out or args.dim:
-        if len(args.runs) > 1 or not args.out or not (args.embed or args.dim):
-            raise InputError(
-                "--out: give one RUN and --embed DIR --out X.npz, or --dim M --out X.pt"
-            )
+    if args.embed:
+        if len(args.runs) > 1 or not args.out:
+            raise InputError("--embed: give one RUN, and the file to write with --out X.npz")
         if Path(args.out).exists():
             raise InputError(f"--out: {args.out} exists; choose another name, or remove it")
-        if args.embed:  # embeddings (n, dim), paths (n,) of the readable tiles, and what made them
-            files, dim, paths = data.list_tiles(args.embed, "--embed"), args.dim or width, []
-            tiles = CentreTiles(data.top_and_roots(args.embed)[0], student.backbone.img_size, files)
-            embeddings = np.empty((len(tiles), dim), np.float16 if args.half else np.float32)
-            for batch in data.batches(
-                tiles, range(len(tiles)), 64, WORKERS, label=f"embedding {args.embed}"
-            ):
-                features = truncate({"summary": embed(student, batch["image"])}, dim)["summary"]
-                embeddings[len(paths) : len(paths) + len(features)] = features
-                paths += [tiles.files[i] for i in batch["index"]]
-            licences = [
-                f"{name}: {text}"
-                for name, text in (config.get("licences") or config["teachers"]).items()
-            ]
-            content = {
-                "embeddings": embeddings[: len(paths)],
-                "paths": paths,
-                "dim": dim,
-                "licences": licences,
-            }
-            content |= {"model": config["student"], "step": config["step"]}
-            save_atomically(content, args.out, lambda content, file: np.savez(file, **content))
-            return print(
-                f"{len(paths)} embeddings of {dim} channels in {args.out}; licences: {'; '.join(licences)}"
-            )
-        state = (
-            student.backbone.state_dict()
-        )  # where the last norm is zero the ViT gives zeros, in timm too
-        state["norm.weight"][args.dim :], state["norm.bias"][args.dim :] = 0, 0
-        config["nested_dims"] = [m for m in config["nested_dims"] if m < args.dim] + [args.dim]
-        save_atomically({"state_dict": state, "config": config}, args.out)
-        return print(f"{args.out}: the student cut to {args.dim} channels; the others are zero")
-    for name in (
-        [x for x in config["teachers"] if x in cli.OFFLINE]
-        if args.teachers is None
-        else args.teachers
-    ):
-        teacher = cli.load_teacher(name, args.weights_dir, device, **config["teacher_recipe"])
+    elif args.dim or args.half:
+        raise InputError(
+            "--dim, --half: they need --embed DIR; python -m extras.export cuts students"
+        )
+    elif args.out and Path(args.out).is_file():
+        raise InputError(f"--out: {args.out} is a file; give a folder for results.json")
+
+
+def check_dim(dim: int, student: Student, run: str, flag: str) -> None:
+    """InputError: the student has fewer channels."""
+    if dim > student.width:
+        raise InputError(f"{flag}: {dim} is above the width of {run}; give at most {student.width}")
+
+
+def embed_tiles(args: Namespace) -> None:
+    """The program behind --embed."""
+    student, config = load_student(args.runs[0])
+    dim = args.dim or student.width
+    check_dim(dim, student, args.runs[0], "--dim")
+    student.to(choose_device(args.device)[0])
+    write_embeddings(student, config, args.embed, dim, args.half, args.out)
+
+
+def evaluate_runs(args: Namespace) -> None:
+    """The program without --embed: a table of students and teachers, printed first, then saved."""
+    device = choose_device(args.device)[0]
+    models = {}
+    for run in args.runs:
+        student, config = load_student(run)
+        dims = args.dims or config["nested_dims"]
+        check_dim(max(dims), student, run, "--dims")
+        models[run] = (student.to(device), dims)
+    teachers = args.teachers
+    if teachers is None:
+        teachers = [name for name in config["teachers"] if name in OFFLINE]
+    recipe = config.get("teacher_recipe", {})
+    for name in teachers:
+        teacher = load_teacher(name, args.weights_dir, device, **recipe)
         models[f"teacher {name}"] = (teacher, [teacher.embed_dim])
-    report(models, [Path(run) for run in args.runs], args.data, args.seed, args.tasks)
+    result = run_tasks(models, args.data, args.seed, args.tasks)
+    print_result(result)
+    problems = []
+    for folder in result_folders(args.runs, args.out):
+        try:
+            save_result(result, args.data or DRAWN, folder)
+        except InputError as problem:  # the other folders get theirs
+            problems.append(str(problem))
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def result_folders(runs: list[str], out: str | None) -> list[Path]:
+    """The folders for results.json: --out, or that of each run."""
+    if out:
+        return [Path(out)]
+    folders = []
+    for run in runs:
+        folder = Path(run)
+        if not folder.is_dir():
+            folder = folder.parent
+        if folder not in folders:
+            folders.append(folder)
+    return folders
+
+
+def main() -> None:
+    """The command line."""
+    args = parse_args()
+    if args.embed:
+        embed_tiles(args)
+    else:
+        evaluate_runs(args)
 
 
 if __name__ == "__main__":
-    data.run_program(main)
+    run_program(main)
