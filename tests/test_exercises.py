@@ -1,24 +1,22 @@
-"""The exercises' code as it stands in EXERCISES.md, run with a tiny budget in a copy of the sources."""
+"""The exercises' code as it stands in EXERCISES.md, run with a tiny budget, in forked processes."""
 
-import ast
+import importlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, copy_sources, oracle, write_tiles
+from conftest import ROOT, oracle, write_tiles
+from forks import python as fork
 
-from data import TissueTiles, labelled_files
-from evaluate import embed, knn
-from student import load_student
+from data import TissueTiles
+from evaluate import embed, knn, labelled_files, load_student
 
 TEXT = (ROOT / "EXERCISES.md").read_text()
-TINY = "--steps 8 --teacher-steps 2 --batch-size 4 --log-every 1 --device cpu"
+TINY = "--steps 8 --teacher-steps 2 --batch-size 4 --stats-tiles 32 --log-every 1 --device cpu"
 SECTIONS = dict(re.findall(r"^## (\d)\. (.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
 
 
@@ -26,47 +24,47 @@ def code(exercise: str) -> list[str]:
     return re.findall(r"```py\n(.*?)```", SECTIONS[exercise], re.DOTALL)
 
 
-def replace(folder, exercise: str) -> None:
-    """Do what 'In `file`, in place of `function`:' says, with the code below it."""
-    [(file, name, new)] = re.findall(
-        r"In `(\w+\.py)`, in place of `([\w.]+)`:\n\n```py\n(.*?)```", SECTIONS[exercise], re.DOTALL
-    )
-    node = ast.parse(source := (folder / file).read_text())
-    for part in name.split("."):
-        [node] = [x for x in node.body if getattr(x, "name", "") == part]
-    lines = source.splitlines(keepends=True)
-    (folder / file).write_text(
-        "".join(lines[: node.lineno - 1]) + new + "".join(lines[node.end_lineno :])
-    )
+def replaced(exercise: str):
+    """Does, in a process, what 'In `file`, in place of `function`:' says, with the code below."""
+    pattern = r"In `(\w+)\.py`, in place of `([\w.]+)`:\n\n```py\n(.*?)```"
+    [(file, name, new)] = re.findall(pattern, SECTIONS[exercise], re.DOTALL)
+    module = importlib.import_module(file)
+    *owners, function = name.split(".")
+    owner = module
+    for part in owners:
+        owner = getattr(owner, part)
+
+    def patch():
+        assert hasattr(owner, function)
+        exec(textwrap.dedent(new), vars(module))
+        setattr(owner, function, vars(module)[function])
+
+    return patch
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The sources as they are, with a demo's run and the teachers that it made."""
-    folder = copy_sources(tmp_path_factory.mktemp("demo"))
+    """A folder with a demo's run and the teachers that it made."""
+    folder = tmp_path_factory.mktemp("demo")
     python(folder, "train.py", *TINY.split())
     return folder
 
 
 @pytest.fixture
 def copy(tmp_path, demo):
-    """Sources to change, beside the teachers."""
+    """A folder with the teachers."""
     shutil.copytree(demo / "weights", tmp_path / "weights")
-    return copy_sources(tmp_path)
+    return tmp_path
 
 
-def python(folder, *words: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-    result = subprocess.run(
-        [sys.executable, *words],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def nothing():
+    pass
+
+
+def python(folder, *words: str, patch=nothing) -> str:
+    child = fork(folder, *words, patch=patch)
+    assert child.code == 0, child.err
+    return child.out
 
 
 def log(folder, run: str) -> list[dict]:
@@ -99,7 +97,7 @@ def test_random_projections_against_nesting(demo):
     z, q = (embed(student, tiles["image"]) for tiles in (bank, test))
     for m, _, *scores in rows[::3]:  # the prefixes, by slices
         z_m, q_m = (x[:, : int(m)] - z[:, : int(m)].mean(0) for x in (z, q))
-        for label, score in zip(("cells", "tissue"), scores):
+        for label, score in zip(("cells", "tissue"), scores, strict=True):
             ours = 100 * knn(z_m, bank[label], q_m, test[label])["accuracy"]
             assert float(score) == pytest.approx(
                 ours, abs=1.1
@@ -107,52 +105,63 @@ def test_random_projections_against_nesting(demo):
 
 
 def test_plain_mse_on_raw_features(copy):
-    """The teacher that is ten times as loud has a hundred times the loss, and with standardised targets it has not."""
-    replace(copy, "3")
+    """The teacher that is ten times as loud has a hundred times the loss, and with standardised
+    targets it has not."""
     python(copy, "-c", code("3")[1])
     shares = {}
     for name in ("none", "phi-s"):
         flags = ["--weights-dir", "loud", "--standardize", name, "--out", f"runs/{name}"]
-        python(copy, "train.py", *flags, *TINY.split())
+        python(copy, "train.py", *flags, *TINY.split(), patch=replaced("3"))
         terms = log(copy, name)[0]["terms"]
-        shares[name] = terms["toy_tissue/mse"]["48"] / terms["toy_cells/mse"]["48"]
+        mse = {"toy_tissue": 0.0, "toy_cells": 0.0}
+        for t in mse:
+            mse[t] = terms[f"{t}/summary_mse@48"] + terms[f"{t}/patch_mse@48"]
+        shares[name] = mse["toy_tissue"] / mse["toy_cells"]
     assert shares["none"] > 30 and 0.5 < shares["phi-s"] < 2
 
 
 def test_sampled_dims(copy):
-    replace(copy, "4")
-    python(copy, "train.py", "--out", "runs/sampled", *TINY.split())
-    dims = [list(line["terms"]["toy_cells/summary_cos"]) for line in log(copy, "sampled")]
-    assert len(dims) == 8 and all(first == "48" for first, _ in dims)
-    assert {second for _, second in dims} <= {"2", "4", "8", "16"} and len(
-        {second for _, second in dims}
-    ) > 1
+    python(copy, "train.py", "--out", "runs/sampled", *TINY.split(), patch=replaced("4"))
+    seen = []
+    for line in log(copy, "sampled"):
+        dims = {int(term.split("@")[1]) for term in line["terms"]}
+        assert len(dims) == 2 and 48 in dims
+        seen += dims - {48}
+    assert len(seen) == 8 and set(seen) <= {2, 4, 8, 16} and len(set(seen)) > 1
 
 
 def test_shared_heads(copy):
-    """Only the heads of the whole dim learn, and channels from `dim` on have no part in a prediction."""
-    replace(copy, "5")
-    python(copy, "train.py", "--out", "runs/shared", *TINY.split())
-    last = torch.load(copy / "runs/shared/last.pt", weights_only=True)["student"]
-    script = (
-        "import torch; from student import *; torch.manual_seed(0); from train import DEFAULTS\n"
-    )
-    script += "s = Student('toy', {'toy_cells': 128, 'toy_tissue': 128}, DEFAULTS['toy']['dims'])\n"
-    script += "torch.save(s.state_dict(), 'first.pt')\n"
-    script += "z = {'summary': torch.randn(3, 48), 'patches': torch.randn(3, 4, 48)}\n"
-    script += "cut = {kind: torch.cat([x[..., :4], torch.randn_like(x[..., 4:])], -1) for kind, x in z.items()}\n"
-    script += "a, b = (s.adapt(tokens, 4)['toy_cells']['patches'] for tokens in (z, cut)); print(torch.equal(a, b))\n"
-    script += (
-        "print(torch.equal(*(s.adapt(tokens, 8)['toy_cells']['patches'] for tokens in (z, cut))))"
-    )
-    assert python(copy, "-c", script).split() == ["True", "False"]
+    """Only the heads of the whole dim learn, and channels from `dim` on have no part in a
+    prediction."""
+    python(copy, "train.py", "--out", "runs/shared", *TINY.split(), patch=replaced("5"))
+    last = torch.load(copy / "runs/shared/last.pt", weights_only=True)["adaptors"]
+    (copy / "first.py").write_text(SHARED)
+    assert python(copy, "first.py", patch=replaced("5")).split() == ["True", "False"]
     first = torch.load(copy / "first.pt", weights_only=True)
-    moved = {
-        key.split(".")[2]
-        for key in last
-        if key.startswith("adaptors.") and not torch.equal(first[key], last[key])
-    }
+    moved = set()
+    for key, value in last.items():  # heads.TEACHER.DIM. ...
+        if not torch.equal(first[key], value):
+            moved.add(key.split(".")[2])
     assert moved == {"48"}
+
+
+SHARED = """
+import torch
+from student import Adaptors, Student
+from train import DEFAULTS
+
+torch.manual_seed(0)
+Student("toy")
+adaptors = Adaptors(48, {"toy_cells": 128, "toy_tissue": 128}, DEFAULTS["toy"]["dims"])
+torch.save(adaptors.state_dict(), "first.pt")
+z = {"summary": torch.randn(3, 48), "patches": torch.randn(3, 4, 48)}
+changed = {}
+for kind, x in z.items():
+    changed[kind] = torch.cat([x[..., :4], torch.randn_like(x[..., 4:])], -1)
+a, b = adaptors(z), adaptors(changed)
+for m in (4, 8):
+    print(torch.equal(a[m]["toy_cells"]["patches"], b[m]["toy_cells"]["patches"]))
+"""
 
 
 def test_grouped_splits(tmp_path):

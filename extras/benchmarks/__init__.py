@@ -1,0 +1,1 @@
+"""What measures: each is one file whose docstring is its manual."""
