@@ -55,7 +55,8 @@ def hadamard(n: int) -> Tensor:
 def paley(q: int) -> Tensor:
     """Paley's Hadamard matrix (q + 1, q + 1), for the primes q = 11 and 19.
 
-    Any two rows of the inner block overlap by the same amount, which the border of ones cancels.
+    Any two rows of the inner block have the inner product -1, which the border of ones makes 0;
+    that needs a prime q with q % 4 == 3.
     """
     chi = -torch.ones(q, dtype=torch.float64)  # -1, but +1 at the squares modulo q other than 0
     for i in range(1, q):
@@ -70,10 +71,10 @@ class Standardizer(nn.Module):
     """One teacher's summary, or its patches: y (..., D) -> R (y - mean) / scale (..., D), float32.
 
     "phi-s":    The covariance of y is C = U diag(lambda) U^T, with eigenvalues lambda. R = H U^T:
-                U^T decorrelates the channels, and a normalised Hadamard matrix H, whose entries
-                all have the same size, spreads their variances evenly. Every channel then has the
-                variance mean(lambda), and ONE division by scale = sqrt(mean(lambda)) makes it 1:
-                no nearly dead channel or direction is blown up.
+                channel j of U^T y has the variance lambda_j. H is a normalised Hadamard matrix, its
+                entries are all +-1 / sqrt(D), so every channel of H U^T y has the same variance,
+                sum_j lambda_j / D = mean(lambda). ONE division by scale = sqrt(mean(lambda)) makes
+                it 1, and no nearly dead channel or direction is blown up.
     "channel":  R = I, scale = the standard deviation of each channel.
     "none":     y as it is.
 
@@ -108,10 +109,9 @@ class Standardizer(nn.Module):
             return
         self.mean.copy_(mean)
         if self.mode == "channel":
-            least = (
-                1e-12 * mean_variance
-            )  # a dead channel, perhaps below 0 by rounding, is left dead
-            self.scale.copy_(variances.clamp(min=least).sqrt())
+            # A dead channel, whose variance may even be below 0 by rounding, is not blown up
+            dead = variances < 1e-12 * mean_variance
+            self.scale.copy_(torch.where(dead, mean_variance, variances).sqrt())
             return
         D = len(mean)
         H = hadamard(D).to(mean.device) / D**0.5
@@ -125,7 +125,7 @@ class Standardizer(nn.Module):
 
 
 class Standardizers(nn.ModuleDict):
-    """{teacher: {"summary": Standardizer, "patches": Standardizer}}, of {teacher: D_t}."""
+    """{teacher: {"summary": Standardizer, "patches": Standardizer}}, from {teacher: D_t}."""
 
     def __init__(self, teacher_dims: dict[str, int], mode: str = "phi-s"):
         super().__init__()

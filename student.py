@@ -95,7 +95,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        # 0.1 is our choice: from DINOv2's 1e-5 a short distillation would barely move it
+        # 0.1 is our choice: from DINOv2's 1e-5 it takes a block too long to do anything at all
         self.gamma = nn.Parameter(torch.full((width,), 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +128,8 @@ class VisionTransformer(nn.Module):
     img_size: S, in pixels; another size raises ValueError
     patch_size: pixels a side, so N = (S / patch_size)^2
     width: D; depth: number of blocks; heads: of the attention
-    mlp_width: rows of fc1; with swiglu (another kind of MLP), twice what fc2 takes
+    mlp_width: rows of fc1
+    swiglu: the MLP is a SwiGLU, whose fc2 takes half of mlp_width
     layer_scale: whether the blocks have one
     registers: extra tokens that belong to no patch
     pos_on_prefix: pos_embed has rows for CLS and registers too (UNI, Virchow2), or for the patches
@@ -247,7 +248,7 @@ def truncate(tokens: Tokens, m: int) -> Tokens:
 
 
 def make_head(m: int, D: int, D_t: int) -> nn.Module:
-    """Half of h_{t,m}: m channels of a token (..., m) -> a teacher's token (..., D_t)."""
+    """One of the two heads in h_{t,m}: m channels of a token (..., m) -> (..., D_t)."""
     return nn.Sequential(nn.Linear(m, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D_t))
 
 

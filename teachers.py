@@ -7,6 +7,8 @@
     teacher.embed(images)  -> the embedding that the model's card recommends, to evaluate it
 
 `TEACHERS` has one entry a teacher, with the facts of its card. Every one is the ViT of student.py.
+To add one: an entry there (arch, licence, norm; a repo, or its file as weights/NAME.pth), then the
+second command. Where tensors are refused, a line in RENAMES or UNUSED may be missing.
 From the top: the registry; the frozen model; the way of its weights (find the file, read it, give
 its tensors timm's names, load them strictly); the two offline teachers; the command line.
 """
@@ -387,8 +389,8 @@ def why_refused(error: pickle.UnpicklingError) -> str:
 # Inside a training checkpoint the tensors lie under some of these, one in another, in this order.
 # EMA, averaged over training, comes before the raw weights beside it, as in timm.
 WRAPPERS = ["teacher", "state_dict_ema", "model_ema", "state_dict", "model"]
-RENAMES = [  # applied one after the other
-    # wrappers of training code: compiled, parallel, inside another model
+RENAMES = [  # applied one after the other, in this order
+    # wrappers of training code (compiled, parallel, inside another model), and Hugging Face's own
     (r"^((_orig_mod|module|teacher|backbone|model|vit|dinov2|embeddings|encoder)\.)+", ""),
     # Hugging Face's ViT and Dinov2
     (r"^layernorm\.", "norm."),
@@ -409,11 +411,11 @@ RENAMES = [  # applied one after the other
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
     # timm's own names stay as they are
 ]
-UNUSED = r"mask_token$|(pooler|classifier|head|dino_head|ibot_head)\."
+UNUSED = r"^(mask_token$|(pooler|classifier|head|dino_head|ibot_head)\.)"
 
 
 def unwrap(content: dict, source: str) -> dict:
-    """The dict of tensors inside a training checkpoint, or inside a student.pt."""
+    """The dict of tensors in a training checkpoint, or in a student.pt (under "state_dict")."""
     state = content
     for wrapper in WRAPPERS:
         inner = state.get(wrapper)
@@ -453,12 +455,12 @@ def timm_state(
         parts.setdefault(name, []).append(tensor)
 
     renamed = {}
-    for name, tensors in parts.items():  # by mistake two of one name: a shape that is refused later
+    for name, tensors in parts.items():  # two of one name by mistake get a shape that is refused
         renamed[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     if "cls_token" in renamed and "pos_embed" in renamed:
         fit_positions(renamed, vit, antialias)
     for name, tensor in renamed.items():
-        renamed[name] = tensor.to(dtype, copy=True)  # these may lie in the file, which may go
+        renamed[name] = tensor.to(dtype, copy=True)  # it may be mapped: part of a file that may go
     return renamed
 
 
@@ -471,7 +473,7 @@ def qkv_sort_key(key: str) -> int:
 
 
 def fit_positions(state: dict[str, Tensor], vit: VisionTransformer, antialias: bool) -> None:
-    """Give pos_embed (1, rows, D) the rows that vit has, in place, where that can be done.
+    """Give pos_embed (1, rows, D) the rows that vit has, in place, and CLS its own row, if any.
 
     Rows in a file: extra tokens and patches (UNI, Virchow2); CLS and patches, though registers have
     none (the DINOv2 repo, Hugging Face); patches alone (timm's models with registers). The patches'
