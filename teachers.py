@@ -454,13 +454,14 @@ def timm_state(
             raise ValueError(f"{key} is no floating-point tensor")
         parts.setdefault(name, []).append(tensor)
 
+    if "cls_token" in parts and "pos_embed" in parts:
+        fit_positions(parts, vit, antialias)
     renamed = {}
-    for name, tensors in parts.items():  # two of one name by mistake get a shape that is refused
-        renamed[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-    if "cls_token" in renamed and "pos_embed" in renamed:
-        fit_positions(renamed, vit, antialias)
-    for name, tensor in renamed.items():
-        renamed[name] = tensor.to(dtype, copy=True)  # it may be mapped: part of a file that may go
+    for name, tensors in parts.items():  # one at a time, so that little more than `dtype` is in use
+        if len(tensors) > 1:  # two of one name by mistake get a shape that is refused
+            renamed[name] = torch.cat(tensors).to(dtype)
+        else:  # a copy: the tensor may be mapped, part of a file that may go
+            renamed[name] = tensors[0].to(dtype, copy=True)
     return renamed
 
 
@@ -472,15 +473,15 @@ def qkv_sort_key(key: str) -> int:
     return 0
 
 
-def fit_positions(state: dict[str, Tensor], vit: VisionTransformer, antialias: bool) -> None:
+def fit_positions(parts: dict[str, list], vit: VisionTransformer, antialias: bool) -> None:
     """Give pos_embed (1, rows, D) the rows that vit has, in place, and CLS its own row, if any.
 
     Rows in a file: extra tokens and patches (UNI, Virchow2); CLS and patches, though registers have
     none (the DINOv2 repo, Hugging Face); patches alone (timm's models with registers). The patches'
     grid may have another size. Any other number of rows is left as it is, and refused afterwards.
     """
-    cls_token = state["cls_token"].float()  # (1, 1, D)
-    pos_embed = state["pos_embed"].float()  # (1, rows, D)
+    cls_token = torch.cat(parts["cls_token"]).float()  # (1, 1, D)
+    pos_embed = torch.cat(parts["pos_embed"]).float()  # (1, rows, D)
     extra_rows = vit.extra_tokens if vit.pos_on_prefix else 0
     has_row_of_cls = is_square(pos_embed.shape[1] - 1)
     if not vit.pos_on_prefix and has_row_of_cls:
@@ -496,8 +497,8 @@ def fit_positions(state: dict[str, Tensor], vit: VisionTransformer, antialias: b
         patches = F.interpolate(patches, size, mode="bicubic", antialias=antialias)
         patches = patches.flatten(2).transpose(1, 2)  # (1, grid * grid, D)
         pos_embed = torch.cat([extra, patches], dim=1)
-    state["cls_token"] = cls_token
-    state["pos_embed"] = pos_embed
+    parts["cls_token"] = [cls_token]
+    parts["pos_embed"] = [pos_embed]
 
 
 def is_square(n: int) -> bool:
@@ -523,7 +524,8 @@ def load_strictly(model: nn.Module, state: dict, source: str) -> None:
             raise InputError(
                 f"{source} is damaged: {key} is {tensor.dtype}; put a whole copy there"
             )
-        if not tensor.isfinite().all():
+        low, high = tensor.aminmax()  # where isfinite() would take as much memory again
+        if not (low.isfinite() and high.isfinite()):
             raise InputError(f"{source} is damaged: {key} is not finite; put a whole copy there")
     on_meta = any(tensor.is_meta for tensor in expected.values())
     model.load_state_dict(state, assign=on_meta)

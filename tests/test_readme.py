@@ -3,8 +3,6 @@ tiny budget."""
 
 import re
 import shlex
-import subprocess
-import sys
 from xml.etree import ElementTree
 
 import cards
@@ -154,12 +152,6 @@ def snippet(word):
     return found
 
 
-def python(text, folder):
-    return subprocess.run(
-        [sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, check=False
-    )
-
-
 def test_the_student_from_python(copy):
     path = copy / "runs/demo/student.pt"
     if not path.exists():  # this test alone
@@ -175,10 +167,9 @@ def test_the_student_from_python(copy):
         torch.save({"state_dict": Student("toy").backbone.state_dict(), "config": config}, path)
     code = snippet("load_student")
     assert len([line for line in code.splitlines() if line]) == 4  # as it says
-    result = python(
-        code + "\nassert embedding.shape == (1, 16) and not embedding.requires_grad", copy
-    )
-    assert result.returncode == 0, result.stderr
+    check = "\nassert embedding.shape == (1, 16) and not embedding.requires_grad"
+    child = fork(copy, "-c", code + check)
+    assert child.code == 0, child.err
 
 
 def test_the_student_in_timm(copy):
@@ -197,8 +188,8 @@ image, expected = torch.load("expected.pt", weights_only=True)
 mean, std = (torch.tensor(values).view(3, 1, 1) for values in {IMAGENET})
 torch.testing.assert_close(model((image - mean) / std).detach(), expected, rtol=1e-4, atol=1e-4)
 """
-    result = python(snippet("import timm") + check, copy)
-    assert result.returncode == 0, result.stderr
+    child = fork(copy, "-c", snippet("import timm") + check)
+    assert child.code == 0, child.err
     toys = re.search(r"with `(img_size=64, .*?)`", README)[1]
     settings = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", toys)}
     model = oracle("timm").create_model("vit_base_patch14_reg4_dinov2", num_classes=0, **settings)
