@@ -17,6 +17,7 @@ from cards import bare
 from conftest import oracle, randomise
 
 from evaluate import load_student
+from extras.benchmarks.timing import timm_twin
 from student import STUDENTS, Adaptors, InputError, Student, VisionTransformer, truncate
 from teachers import TEACHERS, load_published
 
@@ -25,31 +26,9 @@ PARAMETERS = {"uni": 303_350_784, "virchow": 631_229_184, "vit_s": 21_629_952, "
 TENSORS = {"uni": 342, "virchow": 454, "vit_s": 175, "vit_b": 175}
 
 
-def timm_twin(arch: dict) -> torch.nn.Module:
-    """timm's own VisionTransformer with the same arguments."""
-    oracle("timm")
-    from timm.layers import SwiGLUPacked
-    from timm.models.vision_transformer import VisionTransformer as TimmViT
-
-    swiglu = arch.get("swiglu", False)
-    return TimmViT(
-        img_size=arch["img_size"],
-        patch_size=arch["patch_size"],
-        embed_dim=arch["width"],
-        depth=arch["depth"],
-        num_heads=arch["heads"],
-        mlp_ratio=arch["mlp_width"] / arch["width"],
-        init_values=1e-5 if arch.get("layer_scale", True) else None,
-        reg_tokens=arch.get("registers", 0),
-        no_embed_class=not arch.get("pos_on_prefix", True),
-        num_classes=0,
-        global_pool="token",
-        **({"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU} if swiglu else {}),
-    ).eval()
-
-
 @pytest.mark.parametrize("name", ARCHS)
 def test_equal_to_timm_at_full_width_and_reduced_depth(name):
+    oracle("timm")
     arch = {**ARCHS[name], "depth": 2}
     ours, twin = randomise(bare(VisionTransformer, **arch)), bare(timm_twin, arch)
     twin.load_state_dict(ours.state_dict(), strict=True)  # the same names and shapes, both ways
@@ -67,6 +46,7 @@ def test_equal_to_timm_at_full_width_and_reduced_depth(name):
 def test_a_swapped_gate_or_position_would_show():
     """Negative control: the comparison above fails when SwiGLU's halves or the position rows are
     misread."""
+    oracle("timm")
     arch = {**ARCHS["virchow"], "depth": 1}
     ours, twin = randomise(bare(VisionTransformer, **arch)), bare(timm_twin, arch)
     state = ours.state_dict()
