@@ -286,7 +286,7 @@ def measure_targets(
     """Process 0 measures the teachers' statistics, once, on the run's first samples."""
     n = args.stats_tiles or STATS_TILES
     if args.stats_tiles is None and device.type == "cpu" and not all_offline(teachers):
-        n = 64  # published teachers take seconds a tile there
+        n = 64  # published teachers that run now take seconds a tile there
     if is_process_0():
         # Batches that do not depend on processes and passes, which would round outputs differently
         tiles = loader(range(n), min(n, args.batch_size, 64), label="target statistics")
@@ -328,6 +328,7 @@ def finish(
         return
     if isinstance(source, DemoTiles):
         models = {}
+        # Once more: in training the demo had the teachers' outputs alone
         for t, teacher in load_teachers(args, device, torch.float32).items():
             models[f"teacher {t}"] = (teacher, [teacher.embed_dim])
         models["student"] = (student, args.dims)

@@ -122,8 +122,7 @@ def test_every_program_has_a_help_that_shows_its_command_without_optional_packag
 def test_the_table_of_extras_names_every_program_and_no_other():
     table = (ROOT / "extras" / "README.md").read_text()
     named = set(re.findall(r"python -m (extras[\w.]*)", table))
-    # the cache comes with the teachers' outputs on disk
-    assert set(PROGRAMS) <= named and named - set(PROGRAMS) <= {"extras.cache"}
+    assert named == set(PROGRAMS)
 
 
 # ---- what is never called ------------------------------------------------------------------------
