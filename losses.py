@@ -186,6 +186,13 @@ class Moments:
 # ---- the loss ----
 
 
+def cosine(h: Tensor, y: Tensor) -> Tensor:
+    """Cosine similarity of tokens, (..., D_t) and (..., D_t) -> (...)."""
+    products = (h * y).sum(-1)
+    lengths = h.norm(dim=-1) * y.norm(dim=-1)
+    return products / lengths.clamp_min(1e-8)  # a token of zeros has cosine 0
+
+
 def token_loss(h: Tokens, y: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
     """L_{t,m}: how far the predictions h of one teacher at one dim are from its targets y.
 
@@ -193,8 +200,8 @@ def token_loss(h: Tokens, y: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
     -> (0-dim loss, parts {name: 0-dim tensor} for the log). The names of parts are free: train.py
     logs them all, and shows those that end in "_cos".
     """
-    summary_cos = F.cosine_similarity(h["summary"].float(), y["summary"], dim=-1).mean()
-    patch_cos = F.cosine_similarity(h["patches"].float(), y["patches"], dim=-1).mean()
+    summary_cos = cosine(h["summary"].float(), y["summary"]).mean()
+    patch_cos = cosine(h["patches"].float(), y["patches"]).mean()
     patch_l1 = F.smooth_l1_loss(h["patches"].float(), y["patches"])
     loss = (1 - summary_cos) + 0.9 * (1 - patch_cos) + 0.1 * patch_l1
     return loss, {"summary_cos": summary_cos, "patch_cos": patch_cos, "patch_l1": patch_l1}

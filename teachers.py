@@ -162,6 +162,8 @@ TEACHERS = {
     "toy_tissue": TeacherSpec(VIT_TOY, DRAWN, tile="64, drawn", task="tissue"),
 }
 OFFLINE = ["toy_cells", "toy_tissue"]
+OFFLINE_STEPS = 250  # of their training
+RECIPE_VERSION = 2  # raise it when their training changes: older files are then not taken
 
 
 def check_names(names: list[str], flag: str = "--teachers") -> None:
@@ -591,7 +593,7 @@ def load_teacher(
     weights_dir: str | Path = "weights",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    steps: int = 500,
+    steps: int = OFFLINE_STEPS,
     seed: int = 0,
 ) -> Teacher:
     """A frozen teacher that computes in `dtype`. Offline ones are trained on first use.
@@ -605,7 +607,7 @@ def load_teacher(
         file = offline_file(name, weights_dir, steps, seed)
         source = f"{file}, which should be {name},"
         if not file.exists():
-            print(f"{file} is made now", flush=True)
+            print(f"{file} is made now: {steps} steps on drawn tissue", flush=True)
             save_atomically(train_offline_teacher(name, steps, seed, device), file)
     else:
         file = find_weights([name], weights_dir)[name]
@@ -649,7 +651,8 @@ def load_init(
 def offline_file(name: str, weights_dir: str | Path, steps: int, seed: int) -> Path:
     """Where an offline teacher is kept. Its recipe is in the name: one trained for a moment, to try
     something out, is never taken for another."""
-    return Path(weights_dir, f"{name}-v{TISSUE_VERSION}-{steps}-{seed}.pt")
+    version = f"v{TISSUE_VERSION}.{RECIPE_VERSION}"
+    return Path(weights_dir, f"{name}-{version}-{steps}-{seed}.pt")
 
 
 def train_offline_teacher(

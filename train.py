@@ -52,6 +52,7 @@ from losses import Standardizers, nested_loss
 from student import STUDENTS, Adaptors, InputError, Student, Tokens, VisionTransformer, millions
 from teachers import (
     OFFLINE,
+    OFFLINE_STEPS,
     TEACHERS,
     Teacher,
     check_names,
@@ -65,11 +66,11 @@ from teachers import (
 
 CLIP = 1.0  # largest norm of the gradient
 WARMUP = 0.04  # share of the steps
-DEMO_TILES = 8192  # drawn once; the demo goes over them several times
+DEMO_TILES = 4096  # drawn once; the demo goes over them several times
 STATS_TILES = 1024  # that the targets' statistics are measured on
 
 VIT = {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "save_every": 1000}
-TOY = {"steps": 2000, "batch_size": 32, "lr": 5e-3, "save_every": 250}
+TOY = {"steps": 1000, "batch_size": 32, "lr": 3e-3, "save_every": 250}
 DEFAULTS = {
     "toy": TOY | {"dims": [2, 4, 8, 16, 48]},
     "vit_s": VIT | {"dims": [24, 48, 96, 192, 384]},
@@ -185,9 +186,13 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=fused)
 
 
+def warmup_steps(steps: int) -> int:
+    return max(1, round(WARMUP * steps))
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Of step 0, 1, ..., steps - 1: up a straight line to the peak, down a cosine towards 0."""
-    warmup = max(1, round(WARMUP * steps))
+    warmup = warmup_steps(steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -519,6 +524,10 @@ def introduce_run(args: argparse.Namespace, source: Source, student: Student, wo
     epochs = args.steps * args.batch_size / len(source)
     epochs = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.1f}"
     say(f"{args.steps:,} steps of {args.batch_size} are {epochs} epochs of {source.description}")
+    say(
+        f"AdamW, rate up to {args.lr:g} over {warmup_steps(args.steps):,} steps, "
+        f"then down a cosine; standardised by: {args.standardize}"
+    )
     say(f"on {world} process(es), into {args.out}")
 
 
@@ -761,7 +770,12 @@ def make_flags() -> argparse.ArgumentParser:
     add("--seed", type=natural, default=0, help="of the student, and of order and view of tiles")
     add("--standardize", choices=["phi-s", "channel", "none"], default="phi-s", help="the targets")
     add("--stats-tiles", type=positive, help="to measure targets on (default: 1024; slow CPU: 64)")
-    add("--teacher-steps", type=positive, default=500, help="training of the offline teachers")
+    add(
+        "--teacher-steps",
+        type=positive,
+        default=OFFLINE_STEPS,
+        help="of the offline teachers' training (default: %(default)s)",
+    )
     add("--teacher-seed", type=natural, default=0, help="of the offline teachers")
 
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")

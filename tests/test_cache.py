@@ -184,7 +184,7 @@ def test_changes_are_refused_with_the_difference(tmp_path, run, tiles, weights_d
     with pytest.raises(InputError, match="the cache was made with crop 64, now 224"):
         run(folder, *flags, "--student", "vit_s")
 
-    weights = weights_dir / "toy_cells-v1-2-0.pt"
+    weights = weights_dir / "toy_cells-v1.2-2-0.pt"
     content = weights.read_bytes()
     state = torch.load(weights, weights_only=True)
     state["norm.bias"] += 1

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cards import bare
 from conftest import oracle, randomise
+from torch import nn
 
 from evaluate import load_student
 from extras.benchmarks.timing import timm_twin
@@ -107,6 +108,43 @@ def test_a_student_is_its_backbone_and_takes_arguments_instead_of_a_name():
     student = Student({**STUDENTS["toy"], "depth": 1})
     assert {key.split(".")[0] for key in student.state_dict()} == {"backbone"}
     assert student(torch.zeros(1, 3, 64, 64))["summary"][:, :16].shape == (1, 16)
+
+
+def linear_layers(model):
+    """[(name, weight (out, in))] of the linear layers and of the patch embedding."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            assert not module.bias.any(), name
+            found.append((name, module.weight.detach().flatten(1)))
+    return found
+
+
+def test_narrow_models_start_from_xavier():
+    adaptors = Adaptors(48, {"a": 128}, [4])
+    for name, weight in [*linear_layers(Student("toy")), *linear_layers(adaptors)]:
+        out, inputs = weight.shape
+        expected = (2 / (inputs + out)) ** 0.5
+        assert weight.std().item() == pytest.approx(expected, rel=0.15), name
+
+
+def test_a_vit_s_starts_as_ever():
+    """0.1.0's start, tensor for tensor: a standard deviation of 0.02, cut at two."""
+    student = Student({**STUDENTS["vit_s"], "depth": 1})
+    adaptors = Adaptors(384, {"a": 128}, [24])
+    for name, weight in [*linear_layers(student), *linear_layers(adaptors)]:
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
+    torch.manual_seed(3)
+    drawn = linear_layers(Adaptors(384, {"a": 128}, [24]))
+    torch.manual_seed(3)
+    again = Adaptors(384, {"a": 128}, [24])
+    torch.manual_seed(3)
+    for module in again.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()  # what torch itself does first, when a layer is made
+    for name, weight in drawn:
+        expected = nn.init.trunc_normal_(torch.empty_like(weight), std=0.02)
+        assert torch.equal(weight, expected), name
 
 
 def test_adaptors_predict_every_teacher_at_every_dim_from_the_prefix_alone():

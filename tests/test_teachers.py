@@ -409,6 +409,15 @@ def test_offline_teachers_are_trained_once_a_recipe_and_leave_the_callers_genera
     assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
 
 
+def test_a_teacher_of_an_older_recipe_is_not_taken(tmp_path):
+    """0.1.0 trained it another way, and kept it under this name."""
+    older = tmp_path / "toy_cells-v1-2-0.pt"
+    older.write_bytes(b"of 0.1.0")
+    load_teacher("toy_cells", tmp_path, steps=2)
+    assert older.read_bytes() == b"of 0.1.0"
+    assert [file.name for file in tmp_path.glob("toy_cells-v1.2-2-0.pt")]
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 

@@ -748,6 +748,8 @@ def test_the_first_lines_say_what_follows_from_the_flags(tmp_path, run, tiles, c
         assert f"teacher {t}: {size}; licence {licence}" in lines
     epochs = f"100 steps of 8 are 50 epochs of 16 tiles of {tiles}, {tmp_path}/others"
     assert epochs in lines
+    rate = "AdamW, rate up to 0.003 over 4 steps, then down a cosine; standardised by: phi-s"
+    assert rate in lines
     assert not any("enlarged" in line for line in lines)
     assert not any("--data" in line for line in lines)
     assert f"go on with: python train.py --resume {tmp_path}/run" == lines[-1]

@@ -38,7 +38,7 @@ from data import TissueTiles, make_parser, path, positive, run_program
 from evaluate import embed, knn, linear_probe, load_student
 from extras.benchmarks.timing import ROOT
 from student import InputError, millions, truncate
-from teachers import load_teacher
+from teachers import OFFLINE_STEPS, load_teacher
 
 TASKS = {"cells": "toy_cells", "tissue": "toy_tissue"}  # label -> the teacher that knows it
 BOTH = "student of both"
@@ -326,7 +326,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=path, help="(default: runs/miniature, or runs/miniature-tiles)")
     add("--seeds", type=positive, default=3, help="(default: 3)")
     add("--steps", type=positive, help="of every student (default: train.py's)")
-    add("--teacher-steps", type=positive, default=500, help="(default: 500)")
+    add("--teacher-steps", type=positive, default=OFFLINE_STEPS, help="(default: %(default)s)")
     add("--tiles", type=path, metavar="DIR", help="labelled tiles: train/CLASS/*, test/CLASS/*")
     add("--weights-dir", type=path, help="of the teachers (default: runs/miniature/weights)")
     add("--tiny", action="store_true", help="one seed, four steps; its numbers mean nothing")
