@@ -665,7 +665,7 @@ def train_offline_teacher(
     spec = TEACHERS[name]
     classes = {"cells": len(CELLS), "tissue": len(TISSUES)}[spec.task]
     batch_size = 32
-    peak_lr = 1e-3
+    peak_lr = 2e-3
     tiles = TissueTiles("teacher", seed).draw(min(6144, steps * batch_size))  # a stream of its own
     images = tiles["image"].to(device)
     labels = tiles[spec.task].to(device)
