@@ -20,9 +20,9 @@ model's linear probe decides as that of the folder's own teacher, right or wrong
 stand beside: what stain and light alone can tell.
 
 Why two: a teacher may be wrong on the test set, and a student that copies it is then wrong as well.
-On held-back tiles the teacher, which was trained on them, is right almost surely. So there the
-student's distance to it is what copying has lost; what both lose from there to the test set is the
-teacher's own failure to generalise. Tiles of one slide may lie on both sides of the hold-back,
+On held-back tiles a teacher that has learned its training tiles is right (its row says so). There
+the student's distance to it is what copying has lost; what both lose from there to the test set is
+the teacher's own failure to generalise. Tiles of one slide may lie on both sides of the hold-back,
 which makes copying look easier than it is on other slides.
 
 OUT holds the teachers' weights, a run a student, and results.json. The same command goes on where
