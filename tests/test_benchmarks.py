@@ -4,6 +4,7 @@ import contextlib
 import csv
 import functools
 import io
+import json
 import subprocess
 import sys
 
@@ -26,11 +27,12 @@ from extras.benchmarks import (
     miniature,
     published,
     random_weights,
+    real_tissue,
     stress,
     timing,
 )
 from student import STUDENTS, Adaptors, Student, VisionTransformer
-from teachers import OFFLINE, TEACHERS, Teacher, load_teacher
+from teachers import OFFLINE, TEACHERS, VIT_TOY, Teacher, load_teacher
 
 STEPS = 2  # of the offline teachers
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -579,3 +581,160 @@ def test_real_tiles_and_their_colour_histograms(tmp_path, out, weights_dir):
     scores = miniature.measure(out, weights_dir, 0, STEPS, str(labelled))
     assert {key[2] for key in scores} == {"class"}
     assert ("colour histograms", 48, "class", "kNN") in scores
+
+
+# ---- real tissue ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The two teachers of the benchmark, which leave the registry after the test."""
+    for name in real_tissue.TEACHER_OF.values():
+        monkeypatch.setitem(TEACHERS, name, None)
+    real_tissue.register_teachers()
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Two folders of labelled tiles, of two classes and of three."""
+    folders = []
+    for name, classes in (("a", "xy"), ("b", "xyz")):
+        for letter in classes:
+            write_tiles(tmp_path / name / "train" / letter, 6, (70, 80))
+            write_tiles(tmp_path / name / "test" / letter, 2, (70, 80))
+        folders.append(tmp_path / name)
+    return folders
+
+
+def noise(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (n, 3, 64, 64), generator=generator, dtype=torch.uint8)
+
+
+def test_real_tissue_from_teachers_to_tables(run, registered, labelled, tmp_path, monkeypatch):
+    monkeypatch.setattr(real_tissue, "BATCH", 4)
+    out = tmp_path / "out"
+    flags = [*labelled, "--tiny", "--device", "cpu", "--out", out]
+    _, printed = run(real_tissue, *flags)
+    assert f"A: {labelled[0]}, 2 classes; tiles: 12 train, 2 held, 10 kept, 4 test" in printed
+    assert f"B: {labelled[1]}, 3 classes; tiles: 18 train, 3 held, 15 kept, 6 test" in printed
+    assert "2 steps of 8 are 0.6 epochs of 25 whole tiles, shrunk to 64 px" in printed
+    expected = [("teacher of A", 128), ("teacher of B", 128)]
+    for name in real_tissue.FLAGS:
+        expected += [(name, m) for m in (2, 4, 8, 16, 48)]
+    expected.append(("colour histograms", 48))
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["test tiles", "held-back training tiles"]
+    for result in results.values():
+        assert [(row["model"], row["dim"]) for row in result["rows"]] == expected
+        for row in result["rows"]:
+            assert row["scores"].keys() == {"A", "B"}
+            for scores in row["scores"].values():
+                assert scores.keys() == {"kNN", "linear", "agree"}
+                assert 0 <= scores["kNN"]["mean"] <= 100 and len(scores["kNN"]["seeds"]) == 1
+    of_both = evaluate.load_student(real_tissue.run_folder(out, real_tissue.BOTH, 0))[1]
+    assert of_both["teachers"] == ["real_a", "real_b"] and of_both["nested_dims"] == miniature.DIMS
+    flat = evaluate.load_student(real_tissue.run_folder(out, real_tissue.FLAT, 0))[1]
+    assert flat["teachers"] == ["real_a", "real_b"] and flat["nested_dims"] == [48]
+    of_b = evaluate.load_student(real_tissue.run_folder(out, "student of B", 0))[1]
+    assert of_b["teachers"] == ["real_b"] and of_b["nested_dims"] == miniature.DIMS
+
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*.p*")}
+    _, again = run(real_tissue, *flags)  # as after an interruption
+    assert again.count("nothing to do") == 4 and "training the teacher" not in again
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*.p*")} == before
+    tables = printed[printed.index("\ntest tiles\n") : printed.index("results.json")]
+    assert tables in again
+    with pytest.raises(InputError, match="--out: .* was begun with other tiles or steps"):
+        run(real_tissue, *labelled[::-1], "--tiny", "--device", "cpu", "--out", out)
+
+
+def test_a_fifth_of_each_class_is_held_back():
+    labels = torch.tensor([0] * 10 + [1] * 14 + [2] * 4)
+    images = torch.arange(len(labels)).view(-1, 1, 1, 1)
+    tiles = {"train": (images, labels), "test": (images, labels)}
+    parts = real_tissue.hold_back(tiles, 0)
+    assert parts["held"][1].tolist() == [0, 0, 1, 1]
+    for images_of_part, labels_of_part in parts.values():
+        assert torch.equal(labels[images_of_part.flatten()], labels_of_part)
+    divided = torch.cat([parts["held"][0], parts["kept"][0]]).flatten()
+    assert divided.sort().values.tolist() == list(range(len(labels)))
+    assert torch.equal(parts["held"][0], real_tissue.hold_back(tiles, 0)["held"][0])
+    assert not torch.equal(parts["held"][0], real_tissue.hold_back(tiles, 1)["held"][0])
+
+
+def test_whole_tiles_are_turned_and_mirrored_and_each_keeps_its_label():
+    images = noise(3, 0)
+    tiles = real_tissue.WholeTiles(images, 0, torch.tensor([5, 6, 7]))
+    seen = set()
+    for k in range(120):
+        sample = tiles[k]
+        views = []
+        for image in (images[sample["class"] - 5], images[sample["class"] - 5].flip(2)):
+            views += [torch.rot90(image, turns, (1, 2)) for turns in range(4)]
+        matches = [torch.equal(view, sample["image"]) for view in views]
+        assert matches.count(True) == 1
+        seen.add((sample["class"], matches.index(True)))
+    assert len(seen) == 24  # all eight views of all three
+    assert "class" not in real_tissue.WholeTiles(images, 0)[0]  # students get no labels
+
+
+def test_a_teacher_of_labelled_tiles_learns_them(monkeypatch):
+    losses = []
+
+    def cross_entropy(logits, labels, original=torch.nn.functional.cross_entropy):
+        losses.append(original(logits, labels))
+        return losses[-1]
+
+    monkeypatch.setattr(real_tissue.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(real_tissue, "BATCH", 8)
+    images = noise(16, 0) // 2
+    images[8:] += 128  # dark ones and bright ones
+    labels = torch.arange(16) // 8
+    state = real_tissue.train_teacher(images, labels, 12, 0, torch.device("cpu"), "teacher")
+    assert losses[-1] < losses[0] / 4
+    VisionTransformer(**VIT_TOY).load_state_dict(state)
+
+
+def test_two_tables_of_what_models_know_and_whose_decisions_they_share(registered):
+    """The tasks of evaluate.py, on each part; a copy of the teacher agrees where it is wrong."""
+    torch.manual_seed(0)
+    models = {}
+    for folder, name in real_tissue.TEACHER_OF.items():
+        models[f"teacher of {folder}"] = Teacher(name, VisionTransformer(**VIT_TOY))
+    for name in real_tissue.FLAGS:
+        models[name] = Student("toy")
+    models["a copy of A"] = models["teacher of A"]
+    folders = {}
+    for folder, seed in (("A", 1), ("B", 2)):
+        tiles = {}
+        for part in ("kept", "held", "test"):
+            tiles[part] = (noise(20, seed), torch.arange(20) % 2)
+            seed += 10
+        folders[folder] = tiles
+    scores = real_tissue.measure(models, folders)
+    name = "student of B"
+    for part in real_tissue.PARTS:
+        bank, bank_y = folders["A"]["kept"]
+        queries, y = folders["A"][part]
+        assert scores[part]["teacher of A", 128, "A", "agree"] == 100
+        assert scores[part]["a copy of A", 128, "A", "agree"] == 100
+        assert scores[part]["a copy of A", 128, "A", "linear"] < 100
+        assert scores[part][name, 48, "A", "agree"] < 100
+        for m in (2, 48):
+            x = evaluate.embed(models[name], bank)[:, :m]
+            z = evaluate.embed(models[name], queries)[:, :m]
+            for metric, task in (("kNN", evaluate.knn), ("linear", evaluate.linear_probe)):
+                expected = 100 * task(x, bank_y, z, y)["balanced_accuracy"]
+                assert scores[part][name, m, "A", metric] == pytest.approx(expected)
+    assert scores["test"] != scores["held"]
+
+
+@pytest.mark.parametrize(("classes", "n"), [("x", 6), ("xy", 4)])
+def test_too_few_labelled_tiles_are_refused(run, registered, tmp_path, classes, n):
+    for letter in classes:
+        for split in ("train", "test"):
+            write_tiles(tmp_path / "few" / split / letter, n, (64, 64))
+    with pytest.raises(InputError, match="few: too few training tiles; give two classes or more"):
+        run(real_tissue, tmp_path / "few", tmp_path / "few", "--tiny", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -775,6 +775,31 @@ def test_published_teachers_on_drawn_tissue(tmp_path, shallow, capsys):  # noqa:
     assert any(line.startswith("step 2/2") for line in lines)
 
 
+def test_the_toy_learns_from_a_small_teacher_of_ones_own(tmp_path, run, weights_dir, monkeypatch):
+    """An entry and a file, beside an offline teacher; then a resume, and evaluation beside both."""
+    arch = {"img_size": 32, "patch_size": 8, "width": 96, "depth": 1, "heads": 4, "mlp_width": 96}
+    monkeypatch.setitem(TEACHERS, "mine", teachers.TeacherSpec(arch, "MIT; binds students: no"))
+    torch.manual_seed(0)
+    torch.save(VisionTransformer(**arch).state_dict(), weights_dir / "mine.pth")
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            write_tiles(tmp_path / "labelled" / split / name, 4)
+    flags = [*TINY, "--student", "toy", "--data", tmp_path / "labelled" / "train", "--steps", 2]
+    for number, names in enumerate(("mine", "mine,toy_cells")):
+        out = tmp_path / f"run-{number}"
+        run(*flags, "--teachers", names, "--stop-at", 1, "--out", out)
+        run("--resume", out)
+        config = student_file(out)["config"]
+        assert config["teachers"] == names.split(",") and config["step"] == 2
+        assert config["licences"]["mine"] == "MIT; binds students: no"
+    argv = [tmp_path / "run-0", "--teachers", "mine", "--data", tmp_path / "labelled"]
+    argv += ["--tasks", "knn", "--weights-dir", weights_dir]
+    evaluate.evaluate_runs(evaluate.parse_args([str(word) for word in argv]))
+    [result] = json.loads((tmp_path / "run-0" / "results.json").read_text()).values()
+    dims = {row["model"]: row["dim"] for row in result["rows"]}
+    assert dims == {str(tmp_path / "run-0"): 48, "teacher mine": 96}
+
+
 def test_published_teachers_shallow_end_to_end(
     tmp_path,
     shallow,  # noqa: F811 - a fixture
