@@ -65,7 +65,7 @@ from teachers import (
 )
 
 CLIP = 1.0  # largest norm of the gradient
-WARMUP = 0.04  # share of the steps
+WARMUP = 0.1  # share of the steps
 DEMO_TILES = 4096  # drawn once; the demo goes over them several times
 STATS_TILES = 1024  # that the targets' statistics are measured on
 

@@ -320,8 +320,8 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, run, tiles, monk
 
 def test_schedule_and_weight_decay():
     rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and max(rates) == 1
-    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[:10] == [(step + 1) / 10 for step in range(10)] and max(rates) == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.01 and train.learning_rate(0, 1, 1.0) == 1
     student = Student("toy")
     model = torch.nn.Sequential(student, Adaptors(student.width, {"a": 24}, [4]))
@@ -748,7 +748,7 @@ def test_the_first_lines_say_what_follows_from_the_flags(tmp_path, run, tiles, c
         assert f"teacher {t}: {size}; licence {licence}" in lines
     epochs = f"100 steps of 8 are 50 epochs of 16 tiles of {tiles}, {tmp_path}/others"
     assert epochs in lines
-    rate = "AdamW, rate up to 0.003 over 4 steps, then down a cosine; standardised by: phi-s"
+    rate = "AdamW, rate up to 0.003 over 10 steps, then down a cosine; standardised by: phi-s"
     assert rate in lines
     assert not any("enlarged" in line for line in lines)
     assert not any("--data" in line for line in lines)
