@@ -70,7 +70,7 @@ DEMO_TILES = 4096  # drawn once; the demo goes over them several times
 STATS_TILES = 1024  # that the targets' statistics are measured on
 
 VIT = {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "save_every": 1000}
-TOY = {"steps": 1000, "batch_size": 32, "lr": 3e-3, "save_every": 250}
+TOY = {"steps": 1200, "batch_size": 32, "lr": 3e-3, "save_every": 250}
 DEFAULTS = {
     "toy": TOY | {"dims": [2, 4, 8, 16, 48]},
     "vit_s": VIT | {"dims": [24, 48, 96, 192, 384]},
