@@ -87,8 +87,8 @@ def introduction(config: dict, parameters: float) -> str:
     teachers = ", ".join(config["teachers"]) or "none"
     return (
         f"A vision transformer of {parameters:.3g} M parameters: a tile of {size} x {size} px "
-        f"becomes {dim} numbers. Its teachers: {teachers}. It learned to predict their outputs from "
-        "its embedding, and from its first channels alone at every nested dim, after "
+        f"becomes {dim} numbers. Its teachers: {teachers}. It learned to predict their outputs "
+        "from its embedding, and from its first channels alone at every nested dim, after "
         f"Pathryoshka ([arXiv 2511.23204](https://arxiv.org/abs/2511.23204)).{cut}"
     )
 
@@ -141,9 +141,7 @@ def origin(config: dict) -> str:
         rows.append(f"| {cell(name)} | {cell(tile)} | {cell(licences.get(t, 'not known'))} |")
     verdict = "At least one of these binds this student, or may: ask before you share or sell it."
     if is_free(config):
-        verdict = (
-            "None of these binds this student, so its licence is its maker's choice: put it above."
-        )
+        verdict = "None of these binds this student: its licence, above, is its maker's choice."
     note = "This is a reading of their terms, not legal advice; cite each as its card asks."
     return "\n".join(["## Teachers and licences", "", *rows, "", f"{verdict} {note}"])
 
