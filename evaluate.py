@@ -51,7 +51,15 @@ from data import (
     save_atomically,
 )
 from student import InputError, Student, millions, truncate
-from teachers import OFFLINE, Teacher, choose_device, load_strictly, load_teacher, read_weights
+from teachers import (
+    OFFLINE,
+    Teacher,
+    choose_device,
+    load_strictly,
+    load_teacher,
+    read_student,
+    student_file,
+)
 
 N_TILES = 2048  # of drawn tissue, to learn from and again to test on
 
@@ -74,24 +82,34 @@ LABELS = {
 # ---- models and their features -------------------------------------------------------------------
 
 
-def load_student(path: str | Path) -> tuple[Student, dict]:
-    """A trained student from a run folder or a student.pt -> (the student, on the CPU; its config).
+class CutStudent(Student):
+    """A student whose tokens end at the first `dim` channels, and whose width that is."""
 
+    def __init__(self, arch: dict, dim: int):
+        super().__init__(arch)
+        self.width = dim
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return truncate(super().forward(images), self.width)
+
+
+def load_student(path: str | Path) -> tuple[Student, dict]:
+    """A trained student -> (the student, on the CPU; its config).
+
+    path: a run folder, its student.pt, or a folder that extras.export wrote.
     config holds "student" (its name), "arch", "nested_dims", "step", "steps", "teachers",
     "licences". InputError: there is none, or the file is something else.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "student.pt"
+    file = student_file(path)
     remedy = "give the folder of a run that has saved, or its student.pt"
     if not file.exists():
         raise InputError(f"{file} does not exist; {remedy}")
-    content = read_weights(file)
+    content = read_student(file)
     config = content.get("config")
     needed = {"arch", "nested_dims", "step", "steps", "teachers", "student"}
     if not isinstance(config, dict) or not needed <= config.keys():
         raise InputError(f"{file} is not a student.pt written by train.py; {remedy}")
-    student = Student(config["arch"])
+    student = CutStudent(config["arch"], max(config["nested_dims"]))  # the width, where not cut
     load_strictly(student.backbone, content.get("state_dict", {}), str(file))
     return student.eval(), config
 
@@ -777,7 +795,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = make_parser("evaluate.py", __doc__)
     add = parser.add_argument
     tasks = ", ".join(TASKS)
-    add("runs", nargs="+", metavar="RUN", help="a run folder or a student.pt; or several")
+    add("runs", nargs="+", metavar="RUN", help="a run, student.pt or exported folder; or several")
     add("--data", type=path, help=f"a folder of {LAYOUTS} (default: drawn tissue)")
     add("--tasks", type=name_list, help=f"of {tasks} (default: all that fit)")
     add("--dims", type=dim_list, help="comma-separated (default: each run's nested dims)")

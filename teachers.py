@@ -13,6 +13,7 @@ From the top: the registry; the frozen model; the way of its weights (find the f
 its tensors timm's names, load them strictly); the two offline teachers; the command line.
 """
 
+import json
 import math
 import os
 import pickle
@@ -369,6 +370,41 @@ def read_torch_file(path: Path) -> object:
             return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def student_file(path: str | Path) -> Path:
+    """The weights of a student: student.pt of a run's folder, or what extras.export wrote to one.
+
+    A file stays as it is; whether it exists is for the caller to ask.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    exported = path / "model.safetensors"
+    file = path / "student.pt"
+    if exported.exists() and not file.exists():
+        return exported
+    return file
+
+
+def read_student(file: Path) -> dict:
+    """What student.pt holds, {"state_dict", "config"}; of an exported folder's file in that form.
+
+    Other files come as they are. InputError: see read_weights.
+    """
+    content = read_weights(file)
+    card = file.with_name("config.json")
+    if file.suffix != ".safetensors" or not card.exists():
+        return content
+    try:
+        config = json.loads(card.read_text())["pathryoshka"]
+    except (KeyError, TypeError, ValueError):  # it is of another program
+        return content
+    state = {}
+    for key, tensor in content.items():
+        if not key.startswith("head."):  # timm's way to return the first channels alone
+            state[key] = tensor
+    return {"state_dict": state, "config": config}
+
+
 def why_refused(error: pickle.UnpicklingError) -> str:
     """Of torch's "Unsupported global: GLOBAL argparse.Namespace was not ..." the name, if any."""
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -575,7 +611,7 @@ def load_published(
     InputError: it is damaged, or another model's: then `source` begins the line, which names
     differences with their shapes.
     """
-    content = read_weights(path)
+    content = read_student(Path(path))
     try:
         state = timm_state(unwrap(content, source), vit, dtype, antialias)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -622,7 +658,7 @@ def load_teacher(
 def load_init(
     vit: VisionTransformer, init: str, weights_dir: str | Path = "weights"
 ) -> dict[str, str]:
-    """train.py --init: begin from a published teacher by name, a run's folder, or a file.
+    """train.py --init: begin from a published teacher by name, a run's or exported folder, a file.
 
     -> {what it came from: licence}, of all that binds the student through it.
     InputError: there is no such file or teacher, or it is another model.
@@ -632,7 +668,7 @@ def load_init(
         file = find_weights([init], weights_dir)[init]
         load_published(vit, file, f"--init: {file}", antialias=spec.antialias)
         return {init: spec.licence}
-    file = Path(init, "student.pt") if os.path.isdir(init) else Path(init)
+    file = student_file(init)
     if not file.is_file():
         raise InputError(
             f"--init: {init} is no file and no published teacher; "

@@ -21,6 +21,7 @@ from extras.benchmarks import (
     cpu,
     eva,
     evaluation,
+    extraction,
     gpu,
     hardware,
     magnification,
@@ -409,7 +410,7 @@ def test_eva_compares_features(tmp_path, monkeypatch, capsys):
         table.writeheader()
         table.writerows(rows)
     assert eva.compare(written, photos, student, 48)
-    assert not eva.compare(written, photos, student, 16)  # channels beyond 16 are not zero
+    assert not eva.compare(written, photos, student, 16)  # they are 48 numbers, not 16
     torch.save(torch.full((1, 48), torch.nan), written / rows[0]["embeddings"])
     assert not eva.compare(written, photos, student, 48)
 
@@ -424,6 +425,20 @@ def test_evas_random_student_is_one(tmp_path):
     eva.random_student(tmp_path / "student.pt")
     student, config = evaluate.load_student(tmp_path / "student.pt")
     assert config["student"] == "vit_s" and student.backbone.norm.weight.std() > 0.1
+
+
+# ---- an extraction -------------------------------------------------------------------------------
+
+
+def test_extraction_compares_with_timm(run, monkeypatch):
+    oracle("timm")
+    words = ["toy", "--tiles", 3, "--rounds", 1, "--device", "cpu"]
+    code, out = run(extraction, *words)
+    assert code == 0 and out.count(" tiles/s, timm ") == 2
+    monkeypatch.setattr(extraction, "TOLERANCE", -1)
+    assert run(extraction, *words)[0] == 1
+    with pytest.raises(InputError, match="STUDENT: there is no vit_x; choose from vit_b"):
+        run(extraction, "vit_x")
 
 
 # ---- the miniature -------------------------------------------------------------------------------
