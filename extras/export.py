@@ -33,7 +33,7 @@ from teachers import read_weights, student_file
 
 # Of timm's entries those that differ least; config.json overrides what does
 ENTRIES = {"vit_b": "vit_base_patch14_reg4_dinov2", "vit_s": "vit_small_patch14_reg4_dinov2"}
-PLAIN = "vit_base_patch16_224"  # without LayerScale, which JSON cannot take away from an entry
+PLAIN = "vit_base_patch16_224"  # its blocks have no LayerScale
 
 
 # ---- what the files hold -------------------------------------------------------------------------
