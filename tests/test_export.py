@@ -34,19 +34,20 @@ def timm_student(path):
     """The toy student's architecture as timm has it, weights from a file of ours."""
     arch = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 5, "num_heads": 3}
     model = oracle("timm").create_model(
-        "vit_base_patch14_reg4_dinov2",
+        "vit_base_patch16_224",
         num_classes=0,
         checkpoint_path=str(path),
         reg_tokens=1,
+        no_embed_class=True,
         **arch,
     )
     return model.eval()
 
 
 def timm_features(model, folder):
-    """Features of all tiles of a class folder by Pillow, timm and its own normalisation -> x, y."""
-    mean = torch.tensor(model.pretrained_cfg["mean"]).view(3, 1, 1)
-    std = torch.tensor(model.pretrained_cfg["std"]).view(3, 1, 1)
+    """Features of all tiles of a class folder by Pillow and timm, with ImageNet's mean and std -> x, y."""
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     images = []
     labels = []
     for file in sorted(folder.rglob("*.png")):

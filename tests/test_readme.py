@@ -191,8 +191,10 @@ torch.testing.assert_close(model((image - mean) / std).detach(), expected, rtol=
     child = fork(copy, "-c", snippet("import timm") + check)
     assert child.code == 0, child.err
     toys = re.search(r"with `(img_size=64, .*?)`", README)[1]
-    settings = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", toys)}
-    model = oracle("timm").create_model("vit_base_patch14_reg4_dinov2", num_classes=0, **settings)
+    settings = {}
+    for key, value in re.findall(r"(\w+)=(\d+|True)", toys):
+        settings[key] = True if value == "True" else int(value)
+    model = oracle("timm").create_model("vit_base_patch16_224", num_classes=0, **settings)
     model.load_state_dict(Student("toy").backbone.state_dict(), strict=True)
 
 
