@@ -47,10 +47,15 @@ NORMS = {
     **dict.fromkeys(PUBLISHED, IMAGENET),
     **dict.fromkeys(["h_optimus_0", "h_optimus_1", "h0_mini"], OPTIMUS),
     **dict.fromkeys(["midnight", "kaiko_s16", "kaiko_b16", "kaiko_l14"], HALF),
+    **dict.fromkeys(["kaiko_s8", "kaiko_b8"], HALF),
     **dict.fromkeys(["hibou_b", "hibou_l"], HIBOU),
-    "lunit_s16": LUNIT,
+    **dict.fromkeys(["lunit_s16", "lunit_s8"], LUNIT),
 }
-GRID14 = {"uni", "gigapath", "phikon", "phikon_v2", "kaiko_s16", "kaiko_b16", "lunit_s16"}
+GRIDS = {  # patches a side, where they are not 16
+    **dict.fromkeys(["uni", "gigapath", "phikon", "phikon_v2", "kaiko_s16", "kaiko_b16"], 14),
+    **dict.fromkeys(["lunit_s16", "gigapath_flash", "mstar", "pathorchestra", "sp22m"], 14),
+    **dict.fromkeys(["kaiko_s8", "kaiko_b8", "lunit_s8"], 28),
+}
 # every teacher in the layout its repo has, in one of the file forms; then the other layouts in
 # circulation
 FILES = [
@@ -62,6 +67,16 @@ FILES = [
     ("h_optimus_1", "timm", "safetensors"),
     ("h0_mini", "timm", "safetensors"),
     ("gigapath", "timm", "bin"),
+    ("gigapath_flash", "timm", "bin"),
+    ("mstar", "timm", "safetensors"),
+    ("pathorchestra", "timm", "bin"),
+    ("openmidnight", "dinov2-swiglu", "pt"),
+    ("openpath", "chunked-swiglu", "pth"),
+    ("pathryoshka_b", "timm", "safetensors"),
+    ("kaiko_s8", "timm", "safetensors"),
+    ("kaiko_b8", "timm", "safetensors"),
+    ("lunit_s8", "timm", "safetensors"),
+    ("sp22m", "encoder", "bin"),
     ("phikon", "hf", "safetensors"),
     ("phikon_v2", "hf", "safetensors"),
     ("midnight", "hf", "safetensors"),
@@ -86,12 +101,13 @@ FILES = [
 
 
 def shallow_depth(name):
-    return 1 if TEACHERS[name].arch["width"] == 1536 else 2
+    giant = TEACHERS[name].arch["width"] == 1536
+    return 1 if giant and name not in ("openmidnight", "openpath") else 2
 
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """The published teachers at full width and depth 2 (1 for the giants): real layouts, small
+    """The published teachers at full width and depth 2 (1 for most giants): real layouts, small
     files."""
     for name in PUBLISHED:
         arch = {**TEACHERS[name].arch, "depth": shallow_depth(name)}
@@ -129,8 +145,8 @@ def difference(name, teacher, forward):
 # ---- the registry against timm and transformers --------------------------------------------------
 
 
-def test_the_registry_has_the_21_published_teachers():
-    assert set(PUBLISHED) == set(cards.COUNTS) and len(PUBLISHED) == 21
+def test_the_registry_has_the_31_published_teachers():
+    assert set(PUBLISHED) == set(cards.COUNTS) and len(PUBLISHED) == 31
     assert {name for name, layout, _ in FILES} == set(PUBLISHED)
     for name, spec in TEACHERS.items():
         assert (
@@ -139,7 +155,7 @@ def test_the_registry_has_the_21_published_teachers():
     mean_of_patches = {name for name, spec in TEACHERS.items() if spec.patch_mean}
     assert mean_of_patches == {"virchow", "virchow2", "midnight"}
     bound = {name for name, spec in TEACHERS.items() if "binds students: yes" in spec.licence}
-    assert bound == {"uni", "uni2_h", "h_optimus_1"}
+    assert bound == {"uni", "uni2_h", "h_optimus_1", "mstar"}
     free = {name for name, spec in TEACHERS.items() if "binds students: no" in spec.licence}
     dinov2 = {"dinov2_s", "dinov2_b", "dinov2_l"}
     assert free == {
@@ -149,6 +165,9 @@ def test_the_registry_has_the_21_published_teachers():
         "hibou_l",
         "midnight",
         "gigapath",
+        "gigapath_flash",
+        "openmidnight",
+        "openpath",
         *dinov2,
         *OFFLINE,
     }
@@ -189,7 +208,7 @@ def test_published_weights_give_the_references_tokens(shallow, tmp_path, name, l
     (
         tmp_path / f"{name}.{suffix}"
     ).unlink()  # loaded is loaded: the file may go, and the disk is kept small
-    assert teacher.grid == (14 if name in GRID14 else 16)
+    assert teacher.grid == GRIDS.get(name, 16)
     assert difference(name, teacher, forward) <= 1e-5
 
 
@@ -301,7 +320,9 @@ CARD_RESIZE = {  # shorter side, interpolation, where it is not 224 bicubic
     **dict.fromkeys(
         ["uni", "uni2_h", "midnight", "kaiko_s16", "kaiko_b16", "kaiko_l14"], (224, "bilinear")
     ),
-    "gigapath": (256, "bicubic"),
+    **dict.fromkeys(["mstar", "openmidnight", "openpath", "pathorchestra"], (224, "bilinear")),
+    **dict.fromkeys(["kaiko_s8", "kaiko_b8"], (224, "bilinear")),
+    **dict.fromkeys(["gigapath", "gigapath_flash"], (256, "bicubic")),
 }
 
 
