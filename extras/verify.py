@@ -12,12 +12,13 @@ in bf16, from the same pixels. A repo whose code would have to run is not run: t
 to compare by hand. No weights of any gated repo were at hand where this was written: so please
 paste what it prints into an issue, whatever the verdict. Exit code 1: they differ.
 
-Memory: twice the teacher in fp32 (9 GB for the largest).
+Memory: twice the teacher in fp32 (9 GB for the largest), three times with transformers.
 """
 
 import hashlib
 import importlib
 import platform
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,8 +33,10 @@ from teachers import (
     Teacher,
     check_names,
     choose_device,
+    find_in_cache,
     find_weights,
     load_teacher,
+    read_weights,
     timm_state,
 )
 
@@ -124,9 +127,14 @@ def import_library(name: str):
         raise InputError(f"this teacher is compared with {name}: pip install {name}") from None
 
 
+def local_copy(name: str, weights_dir: str) -> Path:
+    """Where the whole repo may lie, with its config.json."""
+    return Path(weights_dir, name)
+
+
 def open_theirs(name: str, weights_dir: str) -> tuple[nn.Module, str]:
     """The teacher by its publisher's library, and how it was opened. InputError: it cannot be."""
-    folder = Path(weights_dir, name)
+    folder = local_copy(name, weights_dir)
     is_local = (folder / "config.json").exists()
     repo = TEACHERS[name].repo
     place = "a local copy of " + repo if is_local else repo
@@ -172,12 +180,27 @@ def our_tokens(teacher: Teacher, x: Tensor) -> Tokens:
     return {kind: value.float() for kind, value in tokens.items()}
 
 
-def differing_tensors(model: nn.Module, teacher: Teacher) -> list[str]:
-    """ "NAME by SIZE" of every tensor that is not the same in timm's model and in ours."""
-    expected = timm_state(model.state_dict(), teacher.vit, antialias=teacher.spec.antialias)
+def their_tensors(name: str, model: nn.Module, teacher: Teacher, weights_dir: str) -> dict:
+    """{timm's name: tensor}. transformers has names of its own in memory: so those of its file."""
+    antialias = teacher.spec.antialias
+    if name in TIMM:
+        tensors = model.state_dict()
+        positions = {key: tensors[key] for key in ("cls_token", "pos_embed")}
+        return tensors | timm_state(positions, teacher.vit, antialias=antialias)
+    file = local_copy(name, weights_dir) / "model.safetensors"
+    if not file.exists():
+        file = find_in_cache(teacher.spec)
+    return timm_state(read_weights(file), teacher.vit, antialias=antialias)
+
+
+def differing_tensors(expected: dict[str, Tensor], teacher: Teacher) -> list[str]:
+    """Every tensor of ours that is not the same in theirs, as NAME by SIZE."""
     found = []
     for key, tensor in teacher.vit.state_dict().items():
-        difference = (tensor.cpu() - expected.pop(key).cpu()).abs().max().item()
+        if key not in expected or expected[key].shape != tensor.shape:
+            found.append(f"{key}, which is of another shape or missing")
+            continue
+        difference = (tensor.cpu() - expected[key].cpu()).abs().max().item()
         if difference > 0:
             found.append(f"{key} by {difference:.1e}")
     return found
@@ -191,7 +214,7 @@ def largest(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.square().mean().sqrt()).item()
 
 
-def error(a: Tensor, b: Tensor) -> float:
+def rms_error(a: Tensor, b: Tensor) -> float:
     """Root mean square of the difference, by that of b."""
     return ((a - b).square().mean() / b.square().mean()).sqrt().item()
 
@@ -200,7 +223,7 @@ def describe(name: str, file: Path, device: torch.device) -> None:
     """What is compared, for whoever reads the issue; no folder's name, which is the user's own."""
     digest = hashlib.sha256()
     with open(file, "rb") as content:
-        while block := content.read(1 << 24):
+        for block in iter(partial(content.read, 1 << 24), b""):
             digest.update(block)
     print(f"teacher   {name}, {TEACHERS[name].repo}")
     print(f"file      {file.name}, {file.stat().st_size:,} bytes, sha256 {digest.hexdigest()}")
@@ -247,9 +270,8 @@ def verify(name: str, tile: str, weights_dir: str, device: torch.device) -> int:
         return 0
     model, how = open_theirs(name, weights_dir)
     print(f"theirs    {how}")
-    problems = []
+    problems = compare_tensors(their_tensors(name, model, teacher, weights_dir), teacher)
     if name in TIMM:
-        problems += compare_tensors(model, teacher)
         compare_norms(model, teacher)
     model.to(device)
     theirs = their_tokens(model, x)
@@ -266,10 +288,10 @@ def verify(name: str, tile: str, weights_dir: str, device: torch.device) -> int:
     return 1 if problems else 0
 
 
-def compare_tensors(model: nn.Module, teacher: Teacher) -> list[str]:
+def compare_tensors(expected: dict[str, Tensor], teacher: Teacher) -> list[str]:
     """Print, and return what is wrong."""
     count = len(teacher.vit.state_dict())
-    found = differing_tensors(model, teacher)
+    found = differing_tensors(expected, teacher)
     if not found:
         print(f"tensors   {count}, all equal", flush=True)
         return []
@@ -301,8 +323,8 @@ def compare_bf16(ours: Tokens, theirs: Tokens, exact: Tokens) -> list[str]:
     """Print, and return what is wrong. exact: theirs in fp32."""
     problems = []
     for kind, expected in exact.items():
-        our_error = error(ours[kind], expected)
-        their_error = error(theirs[kind], expected)
+        our_error = rms_error(ours[kind], expected)
+        their_error = rms_error(theirs[kind], expected)
         print(f"bf16      {kind}: error {our_error:.1e} of their scale, theirs {their_error:.1e}")
         if not our_error <= LIMIT_BF16 * their_error:
             problems.append(f"{kind} by {our_error:.1e} in bf16")

@@ -77,7 +77,7 @@ def test_the_same_weights_are_found_the_same(shallow, typed, tmp_path, name):  #
     library = "timm" if name in verify.TIMM else "transformers"
     assert f"{library} {oracle(library).__version__}" in out and f"torch {torch.__version__}" in out
     assert str(tmp_path) not in out  # it is pasted into an issue
-    assert ("all equal" in out) == (name in verify.TIMM)
+    assert ", all equal\n" in out
     assert ("its config has mean (0.5, 0.5, 0.5)" in out) == (name in verify.TIMM)
     for kind in ("summary", "patches"):
         assert float(re.search(rf"fp32      {kind}: largest difference (\S+)", out)[1]) < 1e-5
@@ -86,10 +86,10 @@ def test_the_same_weights_are_found_the_same(shallow, typed, tmp_path, name):  #
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "said"),
+    ("name", "key", "count"),
     [
-        ("lunit_s16", "blocks.1.mlp.fc2.weight", "1 of 30 differ: blocks.1.mlp.fc2.weight by 1.0e"),
-        ("phikon", "encoder.layer.1.output.dense.weight", "theirs"),
+        ("lunit_s16", "blocks.1.mlp.fc2.weight", 30),
+        ("phikon", "encoder.layer.1.output.dense.weight", 30),
     ],
 )
 def test_one_tensor_that_is_wrong_by_a_thousandth_is_found(
@@ -98,8 +98,9 @@ def test_one_tensor_that_is_wrong_by_a_thousandth_is_found(
     tmp_path,
     name,
     key,
-    said,
+    count,
 ):
+    """The tokens alone may hide it: the last norm takes out what is added to all channels."""
     folder = stand_in(name, tmp_path)
     file = folder / "model.safetensors"
     state = dict(teachers.read_weights(file))
@@ -107,7 +108,8 @@ def test_one_tensor_that_is_wrong_by_a_thousandth_is_found(
     cards.write(state, tmp_path / f"{name}.safetensors")  # ours reads this one
     code, out, err = typed(name)
     assert code == 1 and not err, err
-    assert said in out and re.search(r"verdict   DIFFERENT: .*summary by \S+ in fp32", out)
+    assert f"tensors   1 of {count} differ: blocks.1.mlp.fc2.weight by 1.0e-03\n" in out
+    assert "verdict   DIFFERENT: 1 tensors" in out
     shutil.copy(file, tmp_path / f"{name}.safetensors")
     assert typed(name)[0] == 0  # the control
 
