@@ -283,8 +283,8 @@ def test_a_teacher_beside_another(run, monkeypatch):
     flags = ("--beside", "lunit_s16", "--tiny", "--device", "cpu")
     code, out = run(published, "lunit_s8", *flags)
     assert not code and "lunit_s8 / lunit_s16 in time: median " in out
-    # of tokens 785 / 197 = 3.98; one at a time, so that time tells nothing
-    assert 3.5 < float(out.split(" GB, ")[-1].split(" x ")[0]) < 4.5
+    # of tokens 785 / 197 = 3.98, of the image the same; of time so little says nothing
+    assert 3 < float(out.split(" GB, ")[-1].split(" x ")[0]) < 4.5
 
 
 def test_random_weights_are_a_teacher(run, tmp_path):
