@@ -692,13 +692,13 @@ READER_GONE = 141  # what a shell shows for a program in front of `| head`
 
 
 def run_program(main: Callable) -> None:
-    """Run a program. What a user can put right ends in one line on stderr and exit code 2.
+    """Run a program. What a user can put right ends in a line on stderr and exit code 2.
 
     main may return another exit code. Faults of ours keep their traceback.
     """
     prepare_output()
     code = 0
-    message = ""
+    lines = []
     try:
         code = main() or 0
         sys.stdout.flush()  # a full disk or a closed pipe shows here, not while Python ends
@@ -710,12 +710,15 @@ def run_program(main: Callable) -> None:
         code, message = explain(error)
         if not message:
             raise
+        lines = [message]
+        if isinstance(error, InputError) and len(error.lines) > 1:
+            lines = error.lines  # one a thing that is wrong
     finally:
         drop_unwritten_output()
-    if message:
-        program = os.path.basename(sys.argv[0])
+    program = os.path.basename(sys.argv[0])
+    for line in lines:
         with contextlib.suppress(OSError):
-            print(f"{program}: {' '.join(message.splitlines())}", file=sys.stderr)
+            print(f"{program}: {' '.join(line.splitlines())}", file=sys.stderr)
     if code:
         sys.exit(code)
 

@@ -55,6 +55,7 @@ from teachers import (
     OFFLINE,
     Teacher,
     choose_device,
+    find_weights,
     load_strictly,
     load_teacher,
     read_student,
@@ -857,6 +858,7 @@ def evaluate_runs(args: Namespace) -> None:
     if teachers is None:
         teachers = [name for name in config["teachers"] if name in OFFLINE]
     recipe = config.get("teacher_recipe", {})
+    find_weights(teachers, args.weights_dir)  # names all that are missing at once
     for name in teachers:
         teacher = load_teacher(name, args.weights_dir, device, **recipe)
         models[f"teacher {name}"] = (teacher, [teacher.embed_dim])

@@ -45,10 +45,14 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std: of the s
 
 
 class InputError(ValueError):
-    """Something the user can put right: one line that names the file or flag, and the remedy.
+    """Something the user can put right: a line that names the file or flag, and the remedy.
 
-    It stands here because all other files import this one.
+    Several lines where several things are wrong. It stands here because all other files import it.
     """
+
+    def __init__(self, *lines: str):
+        super().__init__("\n".join(lines))
+        self.lines = lines
 
 
 # ---- the transformer ----

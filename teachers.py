@@ -1,6 +1,7 @@
 """The teachers: published encoders, frozen, and two small ones that are made here.
 
     python teachers.py                all of them: size, tile, normalisation, access, file, licence
+    python teachers.py --open         those that anyone can fetch, without a request
     python teachers.py uni tile.png   load one and embed a tile: are access, file, memory in order?
 
     teacher(images)        -> {"summary": CLS (B, D_t), "patches": (B, N, D_t)}, to learn from
@@ -65,21 +66,24 @@ class TeacherSpec:
     licence: str  # of the weights, and whether it binds students
     repo: str = ""  # on Hugging Face; without one, weights are only looked for in --weights-dir
     file: str = "model.safetensors"  # in that repo
-    gate: str = "open"  # or "gated": on request; "gated?": it changed, or sources differ
+    gate: str = "open"  # or "gated": on request
     norm: tuple = IMAGENET  # mean, std of the images that it takes
-    tile: str = "224 at 0.5"  # pixels at microns per pixel
+    tile: str = "224 at 0.5"  # pixels at microns per pixel, or "unstated" where none is published
     resize: int = 0  # shorter side before the centre crop to img_size; 0: img_size
     interpolation: str = "bicubic"  # of that resize
     patch_mean: bool = False  # the card's embedding: CLS and the mean of patches, not CLS alone
     antialias: bool = True  # in the authors' resampling of pos_embed, if the file has another grid
     task: str = ""  # of an offline teacher: the label of drawn tissue that it knows
+    note: str = ""  # what else to know before it is used; shown where it is listed, and in a run
 
 
 P16 = {"img_size": 224, "patch_size": 16}
+P8 = {"img_size": 224, "patch_size": 8}
 VIT_L = {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
 VIT_H = {"width": 1280, "depth": 32, "heads": 16, "mlp_width": 6832, "swiglu": True}
 VIT_G = {"width": 1536, "depth": 40, "heads": 24, "mlp_width": 8192, "swiglu": True}
 VIT_TOY = {"width": 128, "depth": 6, "heads": 4, "mlp_width": 512, "img_size": 64, "patch_size": 8}
+SWIGLU_S = {"mlp_width": 2048, "swiglu": True}
 SWIGLU_B = {"mlp_width": 4096, "swiglu": True}
 SWIGLU_L = {"mlp_width": 5472, "swiglu": True}
 REG8 = {"registers": 8, "pos_on_prefix": False}
@@ -93,27 +97,27 @@ LUNIT = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.207234
 APACHE = "Apache-2.0; binds students: no"
 MIT = "MIT; binds students: no"
 RESEARCH = "Apache-2.0; binds students: no, but its access terms say research only"
-BINDS = (
-    "CC-BY-NC-ND-4.0; binds students: yes, its access terms count them as derivatives, "
-    "non-commercial"
-)
+BINDS = "CC-BY-NC-ND-4.0; binds students: yes, its terms count them as derivatives, non-commercial"
 NC_ND = "CC-BY-NC-ND-4.0; binds students: presume so, non-commercial and no derivatives"
+NC_SA = "CC-BY-NC-SA-4.0; binds students: presume so, non-commercial, under the same licence"
 OWKIN = "Owkin non-commercial; binds students: presume so"
 KAIKO = "Kaiko non-commercial; binds students: presume so"
 LUNIT_NC = "Lunit non-commercial; binds students: presume so"
+UNSEEN = "unknown, ask on its page; binds students: presume so, its own teachers' licences do"
 DRAWN = "Apache-2.0, drawn and trained here; binds students: no"
 
 BIN = {"file": "pytorch_model.bin"}
 GATED = {"gate": "gated"}
-GATE_DIFFERS = {"gate": "gated?"}
 MAHMOOD = BIN | GATED | {"tile": "256 at 0.5", "interpolation": "bilinear"}
 GIGAPATH = BIN | GATED | {"tile": "256 at 0.5", "resize": 256}
 PAIGE = GATED | {"patch_mean": True}
 KAIKO_CARD = {"norm": HALF, "interpolation": "bilinear", "tile": "256 at 0.5"}
-KAIKO_REPO = "1aurent/vit_{}_224.kaiko_ai_towards_large_pathology_fms"
+KAIKO_REPO = "1aurent/vit_{}.kaiko_ai_towards_large_pathology_fms"
 MIDNIGHT = {"norm": HALF, "interpolation": "bilinear", "patch_mean": True, "antialias": False}
 NATURAL = {"tile": "natural images"}
 DINOV2_REPO = "facebook/dinov2-with-registers-"
+BILINEAR = {"interpolation": "bilinear"}
+UNSTATED = {"tile": "224, unstated"}
 
 TEACHERS = {
     "uni": TeacherSpec(P16 | VIT_L, BINDS, "MahmoodLab/UNI", **MAHMOOD),
@@ -125,7 +129,7 @@ TEACHERS = {
         P14 | VIT_H | {"registers": 4}, NC_ND, "paige-ai/Virchow2", **PAIGE
     ),
     "h_optimus_0": TeacherSpec(
-        P14 | VIT_G | REG4, APACHE, "bioptimus/H-optimus-0", norm=OPTIMUS, **GATE_DIFFERS
+        P14 | VIT_G | REG4, APACHE, "bioptimus/H-optimus-0", norm=OPTIMUS, **GATED
     ),
     "h_optimus_1": TeacherSpec(
         P14 | VIT_G | REG4, BINDS, "bioptimus/H-optimus-1", norm=OPTIMUS, **GATED
@@ -134,28 +138,78 @@ TEACHERS = {
         P14 | VIT_B | SWIGLU_B | REG4, NC_ND, "bioptimus/H0-mini", norm=OPTIMUS, **GATED
     ),
     "gigapath": TeacherSpec(P16 | VIT_G, RESEARCH, "prov-gigapath/prov-gigapath", **GIGAPATH),
+    "gigapath_flash": TeacherSpec(
+        P16 | VIT_S | SWIGLU_S, RESEARCH, "prov-gigapath/prov-gigapath-flash", **GIGAPATH
+    ),
     "phikon": TeacherSpec(P16 | VIT_B | NO_SCALE, OWKIN, "owkin/phikon"),
     "phikon_v2": TeacherSpec(P16 | VIT_L, OWKIN, "owkin/phikon-v2"),
     "midnight": TeacherSpec(P14 | VIT_G, MIT, "kaiko-ai/midnight", **MIDNIGHT),
     "hibou_b": TeacherSpec(
-        P14 | VIT_B | SWIGLU_B | REG4, APACHE, "histai/hibou-b", norm=HIBOU, **GATE_DIFFERS
+        P14 | VIT_B | SWIGLU_B | REG4, APACHE, "histai/hibou-b", norm=HIBOU, **GATED
     ),
     "hibou_l": TeacherSpec(
-        P14 | VIT_L | SWIGLU_L | REG4, APACHE, "histai/hibou-L", norm=HIBOU, **GATE_DIFFERS
+        P14 | VIT_L | SWIGLU_L | REG4, APACHE, "histai/hibou-L", norm=HIBOU, **GATED
     ),
     "gpfm": TeacherSpec(P14 | VIT_L, NC_ND, "majiabo/GPFM", file="GPFM.pth", tile="512 at 0.25"),
+    "mstar": TeacherSpec(
+        P16 | VIT_L, BINDS, "Wangyh/mSTAR", tile="256 at 0.5", **GATED, **BILINEAR
+    ),
+    "pathorchestra": TeacherSpec(
+        P16 | VIT_L, NC_ND, "AI4Pathology/PathOrchestra", **BIN, **GATED, **BILINEAR, **UNSTATED
+    ),
+    "openmidnight": TeacherSpec(
+        P14 | VIT_G | REG4,
+        APACHE,
+        "SophontAI/OpenMidnight",
+        file="teacher_checkpoint_load.pt",
+        **GATED,
+        **BILINEAR,
+        **UNSTATED,
+    ),
+    "openpath": TeacherSpec(
+        P14 | VIT_G | REG4,
+        APACHE,
+        "taejoon89/openpath",
+        file="teacher_checkpoint.pth",
+        note="some channels of its CLS are huge, so --standardize channel; its card says 40x "
+        "beside 0.5, and 40x is 0.25",
+        **BILINEAR,
+    ),
+    "pathryoshka_b": TeacherSpec(  # the paper's own student
+        P14 | VIT_B | REG4,
+        UNSEEN,
+        "SchuefflerLab/Pathryoshka-B",
+        note="unseen: its file's name is a guess, and its 4 registers are inferred from 85.7 M "
+        "parameters, which it would have without them too",
+        **GATED,
+        **UNSTATED,
+    ),
+    "kaiko_s8": TeacherSpec(
+        P8 | VIT_S | NO_SCALE, KAIKO, KAIKO_REPO.format("small_patch8_224"), **KAIKO_CARD
+    ),
+    "kaiko_b8": TeacherSpec(
+        P8 | VIT_B | NO_SCALE, KAIKO, KAIKO_REPO.format("base_patch8_224"), **KAIKO_CARD
+    ),
     "kaiko_s16": TeacherSpec(
-        P16 | VIT_S | NO_SCALE, KAIKO, KAIKO_REPO.format("small_patch16"), **KAIKO_CARD
+        P16 | VIT_S | NO_SCALE, KAIKO, KAIKO_REPO.format("small_patch16_224"), **KAIKO_CARD
     ),
     "kaiko_b16": TeacherSpec(
-        P16 | VIT_B | NO_SCALE, KAIKO, KAIKO_REPO.format("base_patch16"), **KAIKO_CARD
+        P16 | VIT_B | NO_SCALE, KAIKO, KAIKO_REPO.format("base_patch16_224"), **KAIKO_CARD
     ),
     "kaiko_l14": TeacherSpec(
-        P14 | VIT_L | REG4, KAIKO, KAIKO_REPO.format("large_patch14_reg4"), **KAIKO_CARD
+        P14 | VIT_L | REG4,
+        KAIKO,
+        KAIKO_REPO.format("large_patch14_reg4_224"),
+        note="its repo is also named " + KAIKO_REPO.format("large_patch14_reg4_dinov2"),
+        **KAIKO_CARD,
+    ),
+    "lunit_s8": TeacherSpec(
+        P8 | VIT_S | NO_SCALE, LUNIT_NC, "1aurent/vit_small_patch8_224.lunit_dino", norm=LUNIT
     ),
     "lunit_s16": TeacherSpec(
         P16 | VIT_S | NO_SCALE, LUNIT_NC, "1aurent/vit_small_patch16_224.lunit_dino", norm=LUNIT
     ),
+    "sp22m": TeacherSpec(P16 | VIT_S | NO_SCALE, NC_SA, "MountSinaiCompPath/SP22M", **BIN),
     "dinov2_s": TeacherSpec(P14 | VIT_S | REG4, APACHE, DINOV2_REPO + "small", **NATURAL),
     "dinov2_b": TeacherSpec(P14 | VIT_B | REG4, APACHE, DINOV2_REPO + "base", **NATURAL),
     "dinov2_l": TeacherSpec(P14 | VIT_L | REG4, APACHE, DINOV2_REPO + "large", **NATURAL),
@@ -251,6 +305,11 @@ class Teacher(nn.Module):
 
 # ---- finding the file ----
 
+UNREACHABLE = "Hugging Face cannot be reached"
+OPEN_TODAY = (
+    "open today, to begin with: --teachers midnight,openpath (python teachers.py --open lists all)"
+)
+
 
 def find_weights(
     names: list[str], weights_dir: str | Path = "weights", fetch: bool = True
@@ -258,63 +317,104 @@ def find_weights(
     """{name: file} of published teachers: in weights_dir, in Hugging Face's cache, or fetched now.
 
     fetch=False: only look, and leave out what is not there.
-    InputError: names all that are missing, with the way to get them.
+    InputError: a line for each that is missing, with the way to get it; the others are printed.
     """
     found = {}
     missing = []
-    ask_hub = fetch
+    why = ""
     for name in names:
+        check_names([name])
         spec = TEACHERS[name]
         if spec.task:
             continue  # made here, on first use
-        why = ""
         file = find_in_folder(name, weights_dir)
         if file is None and spec.repo:
-            file, why = find_on_hub(spec, fetch=ask_hub)
-            if "LocalEntryNotFoundError" in why:
-                ask_hub = False  # it cannot be reached: it is not asked again
+            file = find_in_cache(spec)
+            if file is None and fetch and why != UNREACHABLE:  # else it is not asked again
+                file, why = fetch_from_hub(spec)
         if file is not None:
             found[name] = file
         else:
             missing.append(how_to_get(name, weights_dir, why))
     if missing and fetch:
-        raise InputError(f"no weights for {'; '.join(missing)}")
+        for name, file in found.items():
+            print(f"weights of {name}: {file}")
+        gates = {TEACHERS[name].gate for name in names if name not in found}
+        if "gated" in gates:
+            missing.append(OPEN_TODAY)
+        raise InputError(*missing)
     return found
 
 
+def repo_files(spec: TeacherSpec) -> list[str]:
+    """What the weights may be called: as on the card, or as most repos call them."""
+    return list(dict.fromkeys([spec.file, "model.safetensors", "pytorch_model.bin"]))
+
+
 def find_in_folder(name: str, weights_dir: str | Path) -> Path | None:
-    """NAME.safetensors, NAME.bin, NAME.pth or NAME.pt, the first that is there."""
-    for suffix in (".safetensors", ".bin", ".pth", ".pt"):
-        file = Path(weights_dir, name + suffix)
+    """NAME.safetensors, NAME.bin, NAME.pth or NAME.pt, or NAME/ and the file in it, as fetched."""
+    files = [name + suffix for suffix in (".safetensors", ".bin", ".pth", ".pt")]
+    files += [f"{name}/{file}" for file in repo_files(TEACHERS[name])]
+    for file in files:
+        file = Path(weights_dir, file)
         if file.exists():
             return file
     return None
 
 
-def find_on_hub(spec: TeacherSpec, fetch: bool) -> tuple[Path | None, str]:
-    """The file in Hugging Face's cache, or fetched -> (file or None, why it is not there)."""
+def find_in_cache(spec: TeacherSpec) -> Path | None:
+    """The file in Hugging Face's cache."""
     try:
-        import huggingface_hub
+        from huggingface_hub import try_to_load_from_cache
     except ImportError:
-        return None, "huggingface_hub is not installed"
-    huggingface_hub.logging.set_verbosity_error()  # its retries would bury our one line
+        return None
+    for file in repo_files(spec):
+        cached = try_to_load_from_cache(spec.repo, file)
+        if isinstance(cached, str):
+            return Path(cached)
+    return None
+
+
+def fetch_from_hub(spec: TeacherSpec) -> tuple[Path | None, str]:
+    """The file, fetched into Hugging Face's cache -> (file or None, why it could not be had)."""
     try:
-        file = huggingface_hub.hf_hub_download(spec.repo, spec.file, local_files_only=not fetch)
-    except Exception as error:  # noqa: BLE001 - gated, offline, disk full: many types
-        return None, f"fetching failed: {type(error).__name__}"
-    return Path(file), ""
+        import huggingface_hub as hub
+    except ImportError:
+        return None, "pip install huggingface_hub safetensors, or fetch it by hand"
+    hub.logging.set_verbosity_error()  # its warnings would bury our lines
+    for file in repo_files(spec):
+        try:
+            # Asked first, once: without a network hf_hub_download tries again and again, for 23 s
+            hub.get_hf_file_metadata(hub.hf_hub_url(spec.repo, file), timeout=3)
+            return Path(hub.hf_hub_download(spec.repo, file)), ""
+        except hub.errors.EntryNotFoundError:
+            continue  # perhaps it has another name
+        except Exception as error:  # noqa: BLE001 - gated, offline, disk full: many types
+            reason = type(error).__name__
+            if re.search("Connect|Timeout|Offline", reason):
+                return None, UNREACHABLE
+            return None, f"fetching failed ({reason})"
+    return None, f"its repo has no {spec.file}"
 
 
 def how_to_get(name: str, weights_dir: str | Path, why: str) -> str:
-    """What to do about missing weights. why: they could not be fetched."""
+    """The line about missing weights. why: they could not be fetched."""
     spec = TEACHERS[name]
+    place = Path(weights_dir, name)
     if not spec.repo:
-        return f"{name}: put its weights at {Path(weights_dir, name)}.pth"
-    place = Path(weights_dir, name + Path(spec.file).suffix)
-    access = spec.gate
+        return f"no weights for {name}: put them at {place}.pth"
+    page = f"https://huggingface.co/{spec.repo}"
+    access = f"open to all at {page}:"
     if spec.gate != "open":
-        access += ": request access on its page, then hf auth login"
-    return f"{name}: put {spec.file} of {spec.repo} (Hugging Face, {access}; {why}) at {place}"
+        access = f"ask for access at {page}, then hf auth login and"
+    line = (
+        f"no weights for {name}: {why}; {access} hf download {spec.repo} {spec.file} "
+        f"--local-dir {place}, or put the file at {place}{Path(spec.file).suffix}; "
+        f"licence {spec.licence}"
+    )
+    if spec.note:
+        line += f"; {spec.note}"
+    return line
 
 
 # ---- reading it ----
@@ -449,7 +549,11 @@ RENAMES = [  # applied one after the other, in this order
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
     # timm's own names stay as they are
 ]
-UNUSED = r"^(mask_token$|(pooler|classifier|head|dino_head|ibot_head)\.)"
+# Heads of pretraining, classifiers. Any other "head." may be part of the embedding: refused.
+UNUSED = (
+    r"^(mask_token$|(pooler|classifier|dino_head|ibot_head)\.|"
+    r"head\.(weight$|bias$|mlp\.|last_layer\.))"
+)
 
 
 def unwrap(content: dict, source: str) -> dict:
@@ -766,12 +870,14 @@ def choose_device(name: str | None, precision: str = "fp32") -> tuple[torch.devi
     return device, dtypes.get(precision, torch.float32)
 
 
-def list_teachers(weights_dir: str | Path) -> None:
-    """Print two lines for every teacher."""
+def list_teachers(weights_dir: str | Path, only_open: bool = False) -> None:
+    """Print two or three lines a teacher, or for those alone that need no request."""
     print("tile: pixels at microns per pixel; access: to the repo on Hugging Face")
     print("to try one: python teachers.py NAME TILE\n")
     found = find_weights(list(TEACHERS), weights_dir, fetch=False)
     for name, spec in TEACHERS.items():
+        if only_open and (spec.gate != "open" or not spec.repo):
+            continue
         with torch.device("meta"):
             vit = VisionTransformer(**spec.arch)
         mean = " ".join(f"{value:.3f}" for value in spec.norm[0])
@@ -785,8 +891,10 @@ def list_teachers(weights_dir: str | Path) -> None:
         else:
             where = f"not found: {Path(weights_dir, name)}.pth"
         size = f"{millions(vit):9.3f} M  width {vit.width:4}  grid {vit.grid:2}"
-        print(f"{name:12}{size}  tile {spec.tile:14}  mean {mean}  std {std}  access {spec.gate}")
-        print(f"{'':14}{where}; licence {spec.licence}")
+        print(f"{name:15}{size}  tile {spec.tile:14}  mean {mean}  std {std}  access {spec.gate}")
+        print(f"{'':17}{where}; licence {spec.licence}")
+        if spec.note:
+            print(f"{'':17}{spec.note}")
 
 
 def try_teacher(name: str, tile: str, weights_dir: str, device: str, precision: str) -> None:
@@ -808,6 +916,8 @@ def try_teacher(name: str, tile: str, weights_dir: str, device: str, precision: 
     first = " ".join(f"{value:.4f}" for value in z[0, :5])
     print(f"{name}, {dtype} on {device}: loaded in {loaded - start:.1f} s")
     print(f"licence {teacher.licence}")
+    if teacher.spec.note:
+        print(teacher.spec.note)
     size = f"{image.width} x {image.height} px"
     print(f"{tile}: {size}, shorter side to {teacher.card_size} px, then the centre")
     print(f"embedding {tuple(z.shape)}, L2 norm {z.norm():.3f}, in {done - loaded:.2f} s")
@@ -823,9 +933,11 @@ def main() -> None:
     )
     parser.add_argument("--device", type=path, help="cuda, mps or cpu (default: the best at hand)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    add = parser.add_argument
+    add("--open", action="store_true", help="list only those that need no request")
     args = parser.parse_args()
     if args.name is None:
-        list_teachers(args.weights_dir)
+        list_teachers(args.weights_dir, args.open)
     else:
         try_teacher(args.name, args.tile, args.weights_dir, args.device, args.precision)
 

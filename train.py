@@ -217,10 +217,13 @@ def main(args: argparse.Namespace, source: Source | None = None) -> None:
         return
     micro_batch = divide_batch(args, world)
     check_folder(args, checkpoint, source)
+    with process_0_first(world):  # it fetches, or makes below, the weights that the others find
+        if source is None or not source.has_outputs:
+            find_weights(args.teachers, args.weights_dir)  # before anything that takes seconds
 
     student, adaptors, standardizers = make_models(args, device)
     introduce_student(args, source, student, adaptors, device, dtype)
-    with process_0_first(world):  # it fetches, or makes, the weights that the others then find
+    with process_0_first(world):
         licences = load_first_weights(args, student, checkpoint)
         if source is None:
             source = make_source(args, student, device, dtype)
@@ -366,8 +369,7 @@ def make_source(
 def load_teachers(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Teacher]:
-    """{name: frozen teacher}. InputError: names all whose weights are missing, at once."""
-    find_weights(args.teachers, args.weights_dir)
+    """{name: frozen teacher}."""
     teachers = {}
     for t in args.teachers:
         teachers[t] = load_teacher(
@@ -518,6 +520,8 @@ def introduce_run(args: argparse.Namespace, source: Source, student: Student, wo
             vit = VisionTransformer(**arch)
         size = f"{millions(vit):.3f} M parameters, width {vit.width}, grid {vit.grid}"
         say(f"teacher {t}: {size}; licence {TEACHERS[t].licence}")
+        if TEACHERS[t].note:
+            say(f"  {TEACHERS[t].note}")
         times = vit.img_size / student.img_size
         if times > 1.5:
             say(f"  crops of {student.img_size} px are enlarged {times:.1f} times for it")

@@ -21,16 +21,26 @@ COUNTS = {
     "h_optimus_1": (567, 1_134_774_272),
     "h0_mini": (175, 85_739_520),
     "gigapath": (566, 1_134_953_984),
+    "gigapath_flash": (174, 21_681_024),
     "phikon": (150, 85_798_656),
     "phikon_v2": (342, 303_350_784),
     "midnight": (566, 1_134_769_664),
     "hibou_b": (175, 85_739_520),
     "hibou_l": (343, 303_657_216),
     "gpfm": (342, 303_227_904),
+    "mstar": (342, 303_350_784),
+    "pathorchestra": (342, 303_350_784),
+    "openmidnight": (567, 1_134_774_272),
+    "openpath": (567, 1_134_774_272),
+    "pathryoshka_b": (175, 85_727_232),
+    "kaiko_s8": (150, 21_670_272),
+    "kaiko_b8": (150, 85_807_872),
     "kaiko_s16": (150, 21_665_664),
     "kaiko_b16": (150, 85_798_656),
     "kaiko_l14": (343, 303_230_976),
+    "lunit_s8": (150, 21_670_272),
     "lunit_s16": (150, 21_665_664),
+    "sp22m": (150, 21_665_664),
     "dinov2_s": (175, 21_629_952),
     "dinov2_b": (175, 85_727_232),
     "dinov2_l": (343, 303_230_976),
@@ -59,11 +69,24 @@ TIMM = {  # the name that the card gives to timm.create_model, and its arguments
     "h_optimus_1": OPTIMUS,
     "h0_mini": ("vit_base_patch14_reg4_dinov2", {"mlp_ratio": 5.33334, SWIGLU: True}),
     "gigapath": ("vit_giant_patch14_dinov2", {**GIGAPATH, "init_values": 1e-5}),
+    "gigapath_flash": (
+        "vit_small_patch16_224",
+        {"mlp_ratio": 5.33334, "init_values": 1e-5, SWIGLU: True},
+    ),
     "gpfm": ("vit_large_patch14_dinov2", {"init_values": 1e-5}),
+    "mstar": ("vit_large_patch16_224", {"init_values": 1e-5}),
+    "pathorchestra": ("vit_large_patch16_224", {"init_values": 1e-5}),
+    "openmidnight": OPTIMUS,
+    "openpath": OPTIMUS,
+    "pathryoshka_b": ("vit_base_patch14_reg4_dinov2", {}),
+    "kaiko_s8": ("vit_small_patch8_224", {}),
+    "kaiko_b8": ("vit_base_patch8_224", {}),
     "kaiko_s16": ("vit_small_patch16_224", {}),
     "kaiko_b16": ("vit_base_patch16_224", {}),
     "kaiko_l14": ("vit_large_patch14_reg4_dinov2", {}),
+    "lunit_s8": ("vit_small_patch8_224", {}),
     "lunit_s16": ("vit_small_patch16_224", {}),
+    "sp22m": ("vit_small_patch16_224", {}),
     "dinov2_s": ("vit_small_patch14_reg4_dinov2", {}),
     "dinov2_b": ("vit_base_patch14_reg4_dinov2", {}),
     "dinov2_l": ("vit_large_patch14_reg4_dinov2", {}),
@@ -136,12 +159,25 @@ def dinov2_file(state: dict, registers: bool) -> dict:
     return state
 
 
+def training_checkpoint(state: dict, depth: int) -> dict:
+    """The DINOv2 repo's names -> a checkpoint of its training: blocks in 4 chunks, heads beside the
+    backbone."""
+    chunk = math.ceil(depth / 4)
+    inner = {"dino_head.mlp.0.weight": torch.zeros(8, 1024)}
+    inner["ibot_head.last_layer.weight_v"] = torch.zeros(8, 1024)
+    for key, value in state.items():
+        key = re.sub(r"^blocks\.(\d+)", lambda i: f"blocks.{int(i[1]) // chunk}.{i[1]}", key)
+        inner[f"backbone.{key}"] = value
+    return {"teacher": inner}
+
+
 def reference(name: str, layout: str, folder, depth: int = 2):
     """Random weights -> (state dict in the published layout, function of normalised images -> (CLS,
     patches)).
 
-    layout: timm; hf; hf-518 (37 x 37 positions); dinov2 (the repo's names, 37 x 37);
-    dinov2-swiglu (w12, w3); chunked.
+    layout: timm; encoder (timm's names behind that word); hf; hf-518 (37 x 37 positions);
+    dinov2 (the repo's names, 37 x 37); dinov2-swiglu (w12, w3); chunked, chunked-swiglu (the repo's
+    names in a training checkpoint).
     """
     if layout.startswith("hf"):
         model = randomise(bare(hf_model, name, 518 if layout == "hf-518" else 224, depth))
@@ -157,32 +193,18 @@ def reference(name: str, layout: str, folder, depth: int = 2):
     model = bare(timm_model, name, depth=depth)
     published = 518 if name in ("kaiko_l14", "dinov2_s", "dinov2_b", "dinov2_l") else 224
     state = randomise(bare(timm_model, name, published, depth), seed=len(name)).state_dict()
-    if layout == "dinov2":
+    if layout.endswith("swiglu"):
+        for key in list(state):
+            state[key.replace("fc1", "w12").replace("fc2", "w3")] = state.pop(key)
+    if layout.startswith(("dinov2", "chunked")):
         state = dinov2_file(state, "reg_token" in state)
-    if layout == "dinov2-swiglu":
-        names = {key: key.replace("fc1", "w12").replace("fc2", "w3") for key in state}
-        state = dinov2_file({names[key]: value for key, value in state.items()}, True)
     # timm's own loader reads the file, with its own key map and its own resampling
     filtered = timm.models.vision_transformer.checkpoint_filter_fn(dict(state), model)
     model.load_state_dict(filtered, strict=True)
-    if (
-        layout == "chunked"
-    ):  # GPFM's other file: a training checkpoint, blocks in chunks, heads of the pretraining
-        chunk = math.ceil(depth / 2)
-        names = {
-            key: re.sub(r"blocks\.(\d+)", lambda i: f"blocks.{int(i[1]) // chunk}.{i[1]}", key)
-            for key in state
-        }
-        state = {
-            f"backbone.{names[key]}": value
-            for key, value in dinov2_file(state, False).items()
-            if key in names
-        }
-        state |= {
-            "backbone.mask_token": torch.zeros(1, 1024),
-            "dino_head.mlp.0.weight": torch.zeros(8, 1024),
-        }
-        state = {"teacher": state}
+    if layout == "encoder":
+        state = {f"encoder.{key}": value for key, value in state.items()}
+    if layout.startswith("chunked"):
+        state = training_checkpoint(state, depth)
 
     def forward(x):
         tokens = model.forward_features(x)

@@ -18,6 +18,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+os.environ["HF_HUB_CACHE"] = str(ROOT / "tests" / "none")  # nor finds the reader's own weights
 LONGEST = ["test_readme.py", "test_train.py", "test_teachers.py", "test_stops.py"]
 
 

@@ -280,6 +280,16 @@ def test_published(run, monkeypatch):
         run(published, "toy_cells")
 
 
+def test_a_teacher_beside_another(run, monkeypatch):
+    for name in ("lunit_s8", "lunit_s16"):
+        monkeypatch.setitem(TEACHERS, name, TEACHERS[name])  # --tiny changes them
+    flags = ("--beside", "lunit_s16", "--tiny", "--device", "cpu")
+    code, out = run(published, "lunit_s8", *flags)
+    assert not code and "lunit_s8 / lunit_s16 in time: median " in out
+    # of tokens 785 / 197 = 3.98, of the image the same; of time so little says nothing
+    assert 3 < float(out.split(" GB, ")[-1].split(" x ")[0]) < 4.5
+
+
 def test_random_weights_are_a_teacher(run, tmp_path):
     code, _ = run(random_weights, "lunit_s16", "--out", tmp_path)
     assert not code

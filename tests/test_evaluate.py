@@ -1134,7 +1134,7 @@ def test_wrong_flags_end_in_one_line(tmp_path, run, refused, tissue):
         (["--embed", tissue, "--out", tmp_path / "exists.pt"], "--out: .*exists.pt exists"),
         (["--out", tmp_path / "exists.pt"], "--out: .*exists.pt is a file"),
         (["--teachers", "unicorn"], "--teachers: no teacher is called 'unicorn'"),
-        (["--teachers", "uni", "--weights-dir", tmp_path], "no weights for uni"),
+        (["--teachers", "gpfm", "--weights-dir", tmp_path], "no weights for gpfm"),
         (["--data", tmp_path / "none"], "--data: .*none"),
         (["--data", ""], "--data"),
         (["--embed", tmp_path / "none", "--out", out], "--embed: .*none is no folder"),

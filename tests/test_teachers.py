@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cards
@@ -47,10 +48,15 @@ NORMS = {
     **dict.fromkeys(PUBLISHED, IMAGENET),
     **dict.fromkeys(["h_optimus_0", "h_optimus_1", "h0_mini"], OPTIMUS),
     **dict.fromkeys(["midnight", "kaiko_s16", "kaiko_b16", "kaiko_l14"], HALF),
+    **dict.fromkeys(["kaiko_s8", "kaiko_b8"], HALF),
     **dict.fromkeys(["hibou_b", "hibou_l"], HIBOU),
-    "lunit_s16": LUNIT,
+    **dict.fromkeys(["lunit_s16", "lunit_s8"], LUNIT),
 }
-GRID14 = {"uni", "gigapath", "phikon", "phikon_v2", "kaiko_s16", "kaiko_b16", "lunit_s16"}
+GRIDS = {  # patches a side, where they are not 16
+    **dict.fromkeys(["uni", "gigapath", "phikon", "phikon_v2", "kaiko_s16", "kaiko_b16"], 14),
+    **dict.fromkeys(["lunit_s16", "gigapath_flash", "mstar", "pathorchestra", "sp22m"], 14),
+    **dict.fromkeys(["kaiko_s8", "kaiko_b8", "lunit_s8"], 28),
+}
 # every teacher in the layout its repo has, in one of the file forms; then the other layouts in
 # circulation
 FILES = [
@@ -62,6 +68,16 @@ FILES = [
     ("h_optimus_1", "timm", "safetensors"),
     ("h0_mini", "timm", "safetensors"),
     ("gigapath", "timm", "bin"),
+    ("gigapath_flash", "timm", "bin"),
+    ("mstar", "timm", "safetensors"),
+    ("pathorchestra", "timm", "bin"),
+    ("openmidnight", "dinov2-swiglu", "pt"),
+    ("openpath", "chunked-swiglu", "pth"),
+    ("pathryoshka_b", "timm", "safetensors"),
+    ("kaiko_s8", "timm", "safetensors"),
+    ("kaiko_b8", "timm", "safetensors"),
+    ("lunit_s8", "timm", "safetensors"),
+    ("sp22m", "encoder", "bin"),
     ("phikon", "hf", "safetensors"),
     ("phikon_v2", "hf", "safetensors"),
     ("midnight", "hf", "safetensors"),
@@ -86,12 +102,13 @@ FILES = [
 
 
 def shallow_depth(name):
-    return 1 if TEACHERS[name].arch["width"] == 1536 else 2
+    giant = TEACHERS[name].arch["width"] == 1536
+    return 1 if giant and name not in ("openmidnight", "openpath") else 2
 
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """The published teachers at full width and depth 2 (1 for the giants): real layouts, small
+    """The published teachers at full width and depth 2 (1 for most giants): real layouts, small
     files."""
     for name in PUBLISHED:
         arch = {**TEACHERS[name].arch, "depth": shallow_depth(name)}
@@ -129,17 +146,19 @@ def difference(name, teacher, forward):
 # ---- the registry against timm and transformers --------------------------------------------------
 
 
-def test_the_registry_has_the_21_published_teachers():
-    assert set(PUBLISHED) == set(cards.COUNTS) and len(PUBLISHED) == 21
+def test_the_registry_has_the_31_published_teachers():
+    assert set(PUBLISHED) == set(cards.COUNTS) and len(PUBLISHED) == 31
     assert {name for name, layout, _ in FILES} == set(PUBLISHED)
     for name, spec in TEACHERS.items():
         assert (
             spec.norm == NORMS[name] if name in NORMS else True
         ) and "binds students:" in spec.licence, name
+        size, mode = CARD_RESIZE.get(name, (224, "bicubic"))
+        assert (spec.resize or 224, spec.interpolation) == (size, mode), name
     mean_of_patches = {name for name, spec in TEACHERS.items() if spec.patch_mean}
     assert mean_of_patches == {"virchow", "virchow2", "midnight"}
     bound = {name for name, spec in TEACHERS.items() if "binds students: yes" in spec.licence}
-    assert bound == {"uni", "uni2_h", "h_optimus_1"}
+    assert bound == {"uni", "uni2_h", "h_optimus_1", "mstar"}
     free = {name for name, spec in TEACHERS.items() if "binds students: no" in spec.licence}
     dinov2 = {"dinov2_s", "dinov2_b", "dinov2_l"}
     assert free == {
@@ -149,6 +168,9 @@ def test_the_registry_has_the_21_published_teachers():
         "hibou_l",
         "midnight",
         "gigapath",
+        "gigapath_flash",
+        "openmidnight",
+        "openpath",
         *dinov2,
         *OFFLINE,
     }
@@ -189,7 +211,7 @@ def test_published_weights_give_the_references_tokens(shallow, tmp_path, name, l
     (
         tmp_path / f"{name}.{suffix}"
     ).unlink()  # loaded is loaded: the file may go, and the disk is kept small
-    assert teacher.grid == (14 if name in GRID14 else 16)
+    assert teacher.grid == GRIDS.get(name, 16)
     assert difference(name, teacher, forward) <= 1e-5
 
 
@@ -301,7 +323,9 @@ CARD_RESIZE = {  # shorter side, interpolation, where it is not 224 bicubic
     **dict.fromkeys(
         ["uni", "uni2_h", "midnight", "kaiko_s16", "kaiko_b16", "kaiko_l14"], (224, "bilinear")
     ),
-    "gigapath": (256, "bicubic"),
+    **dict.fromkeys(["mstar", "openmidnight", "openpath", "pathorchestra"], (224, "bilinear")),
+    **dict.fromkeys(["kaiko_s8", "kaiko_b8"], (224, "bilinear")),
+    **dict.fromkeys(["gigapath", "gigapath_flash"], (256, "bicubic")),
 }
 
 
@@ -447,58 +471,121 @@ def test_unknown_names():
         load_teacher("unii")
 
 
-def test_one_message_names_every_missing_teacher(tmp_path):
+def test_every_missing_teacher_has_a_line_of_its_own(tmp_path, capsys):
+    (tmp_path / "midnight.bin").touch()
     with pytest.raises(InputError) as error:
-        find_weights(["uni", "toy_cells", "virchow", "gpfm"], tmp_path)
-    message = str(error.value)
-    assert "\n" not in message and "toy_cells" not in message
-    for part in (
-        "MahmoodLab/UNI",
-        "paige-ai/Virchow",
-        "gated",
-        f"{tmp_path}/virchow.safetensors",
-        f"{tmp_path}/gpfm.pth",
-    ):
-        assert part in message
+        find_weights(["uni", "toy_cells", "midnight", "virchow", "kaiko_l14"], tmp_path)
+    uni, virchow, kaiko, last = error.value.lines
+    assert uni == (
+        "no weights for uni: Hugging Face cannot be reached; ask for access at "
+        "https://huggingface.co/MahmoodLab/UNI, then hf auth login and hf download MahmoodLab/UNI "
+        f"pytorch_model.bin --local-dir {tmp_path}/uni, or put the file at {tmp_path}/uni.bin; "
+        f"licence {TEACHERS['uni'].licence}"
+    )
+    assert "virchow: " in virchow and f"put the file at {tmp_path}/virchow.safetensors" in virchow
+    assert "open to all at https://" in kaiko and "auth" not in kaiko
+    assert "_reg4_224.kaiko" in kaiko and "_reg4_dinov2.kaiko" in kaiko  # both names of its repo
+    assert last.startswith("open today, to begin with: --teachers midnight,openpath ")
+    assert capsys.readouterr().out == f"weights of midnight: {tmp_path}/midnight.bin\n"
+    with pytest.raises(InputError) as error:  # no advice that is no other
+        find_weights(["openpath"], tmp_path)
+    assert len(error.value.lines) == 1
     assert find_weights(["uni", "toy_cells"], tmp_path, fetch=False) == {}
 
 
-def test_a_gate_that_is_closed_and_a_cached_file(tmp_path, monkeypatch):
-    hub = oracle("huggingface_hub")
+def test_a_program_ends_with_those_lines(tmp_path):
+    child = fork(tmp_path, "train.py", "--teachers", "uni,virchow", "--device", "cpu")
+    assert child.code == 2 and child.out == ""
+    starts = ("no weights for uni: ", "no weights for virchow: ", "open today, to begin with: ")
+    for line, start in zip(child.err.splitlines(), starts, strict=True):
+        assert line.startswith(f"train.py: {start}"), line
 
-    class GatedRepoError(Exception):
-        pass
 
-    def refuse(*_, **__):
-        raise GatedRepoError("403 Client Error.\nAccess to model MahmoodLab/UNI is restricted")
-
-    monkeypatch.setattr(hub, "hf_hub_download", refuse)
-    with pytest.raises(
-        InputError,
-        match="uni: .*gated: request access .*hf auth login; fetching failed: GatedRepoError",
+def test_a_folder_as_hf_download_leaves_it(tmp_path):
+    for name, file in (
+        ("uni", "pytorch_model.bin"),
+        ("gpfm", "GPFM.pth"),
+        ("pathryoshka_b", "pytorch_model.bin"),  # its file's name is a guess: either will do
+        ("virchow", "model.safetensors"),
     ):
-        find_weights(["uni"], tmp_path)
-    cached, asked = tmp_path / "hub" / "pytorch_model.bin", []
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+        assert find_weights([name], tmp_path) == {name: tmp_path / name / file}
+    (tmp_path / "uni.pth").touch()  # what was put there by name comes first
+    assert find_weights(["uni"], tmp_path) == {"uni": tmp_path / "uni.pth"}
 
-    def out_of_reach(repo, file, local_files_only):
-        asked.append(local_files_only)
-        if "UNI" in repo:
-            return str(cached)
-        raise hub.errors.LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr(hub, "hf_hub_download", out_of_reach)
-    assert find_weights(["uni"], tmp_path) == {"uni": cached}
-    assert find_weights(["uni", "virchow"], tmp_path, fetch=False) == {"uni": cached}
-    with pytest.raises(InputError, match="virchow: .*LocalEntryNotFoundError"):
-        find_weights(["virchow", "gigapath", "uni"], tmp_path)
-    assert asked == [
-        False,
-        True,
-        True,
-        False,
-        True,
-        True,
-    ]  # out of reach once, it is not asked again
+class ConnectError(Exception):
+    pass
+
+
+class GatedRepoError(Exception):
+    pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """huggingface_hub in front of a network that is made up: {"REPO/FILE": a path or an error}."""
+    library = oracle("huggingface_hub")
+    answers = {}
+    asked = []
+
+    def ask(url, timeout):
+        assert timeout <= 3
+        key = url.removeprefix("https://huggingface.co/").replace("/resolve/main", "")
+        asked.append(key)
+        answer = answers.get(key, ConnectError("Name or service not known"))
+        if isinstance(answer, Exception):
+            raise answer
+
+    def download(repo, file):
+        return answers[f"{repo}/{file}"]
+
+    monkeypatch.setattr(library, "get_hf_file_metadata", ask)
+    monkeypatch.setattr(library, "hf_hub_download", download)
+    return library, answers, asked
+
+
+def test_a_gate_that_is_closed_and_a_network_that_is_not_there(tmp_path, hub):
+    _, answers, asked = hub
+    answers["MahmoodLab/UNI/pytorch_model.bin"] = GatedRepoError("403\nAccess is restricted")
+    answers["owkin/phikon/model.safetensors"] = str(tmp_path / "phikon.safetensors")
+    with pytest.raises(InputError) as error:
+        find_weights(["uni", "phikon", "virchow", "gigapath"], tmp_path)
+    uni, virchow, gigapath, _ = error.value.lines
+    assert uni.startswith("no weights for uni: fetching failed (GatedRepoError); ask for access at")
+    assert virchow.startswith("no weights for virchow: Hugging Face cannot be reached; ")
+    assert gigapath.startswith("no weights for gigapath: Hugging Face cannot be reached; ")
+    assert len(asked) == 3  # out of reach once, it is not asked again
+    assert find_weights(["phikon"], tmp_path) == {"phikon": tmp_path / "phikon.safetensors"}
+
+
+def test_a_file_of_the_other_usual_name_and_a_cached_one(tmp_path, hub, monkeypatch):
+    library, answers, asked = hub
+    missing = library.errors.EntryNotFoundError.__new__(library.errors.EntryNotFoundError)
+    answers["SchuefflerLab/Pathryoshka-B/model.safetensors"] = missing
+    answers["SchuefflerLab/Pathryoshka-B/pytorch_model.bin"] = str(tmp_path / "found.bin")
+    assert find_weights(["pathryoshka_b"], tmp_path) == {"pathryoshka_b": tmp_path / "found.bin"}
+    answers["SchuefflerLab/Pathryoshka-B/pytorch_model.bin"] = missing
+    with pytest.raises(InputError, match="its repo has no model.safetensors; ask for access"):
+        find_weights(["pathryoshka_b"], tmp_path)
+    asked.clear()
+    cached = {"MahmoodLab/UNI": str(tmp_path / "cached.bin")}
+    monkeypatch.setattr(library, "try_to_load_from_cache", lambda repo, file: cached.get(repo))
+    for fetch in (True, False):
+        assert find_weights(["uni"], tmp_path, fetch) == {"uni": tmp_path / "cached.bin"}
+    assert not asked  # what is there needs no network
+
+
+def test_the_real_library_without_a_network_is_not_waited_for(tmp_path, monkeypatch):
+    """Its own call to download waited 23 s, in six tries. Here its address is a closed port."""
+    constants = oracle("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(InputError, match="uni: Hugging Face cannot be reached"):
+        find_weights(["uni", "virchow"], tmp_path)
+    assert time.monotonic() - began < 10
 
 
 class Payload:
@@ -559,6 +646,56 @@ def test_another_models_file_names_the_first_keys_and_shapes(shallow, tmp_path):
     message = r"norm.weight is missing, expected \(1024,\); tail.weight is \(1024,\), expected none"
     with pytest.raises(InputError, match=message):
         load_teacher("uni", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("gigapath_flash", "kaiko_s16"),
+        ("mstar", "gpfm"),
+        ("pathorchestra", "phikon"),
+        ("openmidnight", "midnight"),
+        ("openpath", "midnight"),
+        ("pathryoshka_b", "h0_mini"),
+        ("kaiko_s8", "kaiko_s16"),
+        ("kaiko_b8", "kaiko_s8"),
+        ("lunit_s8", "lunit_s16"),
+        ("sp22m", "dinov2_s"),
+    ],
+)
+def test_a_near_relatives_file_is_refused_with_names_and_shapes(shallow, name, other):
+    """On the meta device: what refuses is what loads."""
+    with torch.device("meta"):
+        ours = VisionTransformer(**TEACHERS[name].arch)
+        theirs = VisionTransformer(**TEACHERS[other].arch)
+    with pytest.raises(InputError) as error:
+        teachers.refuse_differences(ours.state_dict(), theirs.state_dict(), "x.bin")
+    assert re.search(r"(\w+\.?)+ is (missing|\([\d, ]+\)), expected (\(|none)", str(error.value))
+
+
+def test_a_head_that_changes_the_embedding_is_not_dropped(shallow, tmp_path):
+    """As in a file of Mettle's: an H-optimus-0 under `backbone.`, and a head on its CLS."""
+    published_file("h_optimus_0", tmp_path)
+    path = tmp_path / "h_optimus_0.bin"
+    state = {f"backbone.{key}": value for key, value in read_weights(path).items()}
+    cards.write(state, path)
+    load_teacher("h_optimus_0", tmp_path)  # the control: without the head it is one
+    head = {"head.P": torch.zeros(8, 1536), "head.mix": torch.zeros(1)}
+    cards.write({**state, **head}, path)
+    message = r"2 tensors differ, first head.P is \(8, 1536\), expected none; head.mix is \(1,\)"
+    with pytest.raises(InputError, match=message):
+        load_teacher("h_optimus_0", tmp_path)
+
+
+def test_the_papers_own_student_as_teacher_and_as_a_beginning(shallow, tmp_path, monkeypatch):
+    monkeypatch.setitem(STUDENTS, "vit_b", TEACHERS["pathryoshka_b"].arch)
+    published_file("pathryoshka_b", tmp_path, "safetensors")
+    teacher = load_teacher("pathryoshka_b", tmp_path)
+    vit = VisionTransformer(**STUDENTS["vit_b"])
+    licences = teachers.load_init(vit, "pathryoshka_b", tmp_path)
+    assert licences == {"pathryoshka_b": TEACHERS["pathryoshka_b"].licence}
+    for key, value in vit.state_dict().items():
+        assert torch.equal(value, teacher.vit.state_dict()[key]), key
 
 
 STRANGE = {
@@ -779,6 +916,15 @@ def test_the_list_of_teachers(tmp_path):
             ) != found
 
 
+def test_the_list_of_open_teachers(tmp_path):
+    child = fork(tmp_path, "teachers.py", "--open")
+    assert child.code == 0, child.err
+    listed = set(re.findall(r"^(\w+) .* access open$", child.out, re.MULTILINE))
+    assert listed == {name for name in PUBLISHED if TEACHERS[name].gate == "open"}
+    assert {"midnight", "openpath", "dinov2_b", "sp22m"} <= listed
+    assert "--standardize channel" in child.out
+
+
 def test_trying_a_teacher_on_a_tile(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
@@ -811,7 +957,10 @@ def test_trying_a_teacher_on_a_tile(tmp_path, monkeypatch, capsys):
             "uni.bin, which should be pytorch_model.bin of MahmoodLab/UNI, "
             "holds another model: 342 tensors differ",
         ),
-        (["hibou_b", tile], "no weights for hibou_b: put model.safetensors of histai/hibou-b"),
+        (
+            ["dinov2_s", tile],
+            "no weights for dinov2_s: Hugging Face cannot be reached; open to all",
+        ),
         (["kaiko_s16", tile, "--device", "tpu"], "--device: tpu"),
         (["kaiko_s16", tile, "--weights-dir", ""], "--weights-dir"),
     ):

@@ -3,6 +3,7 @@
     python -m extras.benchmarks.published                    UNI, Virchow2, H-optimus-1
     python -m extras.benchmarks.published uni --pairs 5      one of them, shorter
     python -m extras.benchmarks.published --tiny             seconds: depth 2, shows that it runs
+    python -m extras.benchmarks.published kaiko_s8 --beside kaiko_s16    what patch 8 costs
 
 On 2 CPU cores some 15 minutes for the three. The weights are random, the files of published size
 (UNI 1.2 GB, Virchow2 2.5 GB, H-optimus-1 4.5 GB) and removed afterwards. Loading is measured in a
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,6 +171,52 @@ def report_speed(
     print(f"  timm / ours in time: {spread(ratios(seconds, 'timm', 'ours'))}", flush=True)
 
 
+# ---- beside another teacher ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def report_beside(
+    name: str, other: str, folder: str, batch: int, pairs: int, device: torch.device
+) -> None:
+    """Time and memory of a forward, as a ratio to another teacher's, in fp32."""
+    images = torch.rand(batch, 3, 224, 224).to(device)
+    forwards = {}
+    needed = {}
+    for t in (name, other):
+        teacher = load_teacher(t, folder, device)
+        forwards[t] = functools.partial(teacher, images)
+        forwards[t]()  # warms up
+        needed[t] = forward_memory(forwards[t])
+    contenders = {t: functools.partial(timed, forward) for t, forward in forwards.items()}
+    seconds = interleaved(contenders, pairs)
+    print(f"  beside {other}, {batch} tiles at once, fp32:")
+    print(f"  {name} / {other} in time: {spread(ratios(seconds, name, other))}")
+    share = needed[name] / needed[other]
+    print(f"  in memory above weights: {needed[name]:.4f} GB, {share:.2f} x the other", flush=True)
+
+
+def forward_memory(forward: Callable) -> float:
+    """GB at the peak of a call, above what was there before."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
+        forward()
+    events = []
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            events.append((event.start_ns(), event.nbytes()))
+    now = 0
+    peak = 0
+    for _, nbytes in sorted(events):
+        now += nbytes
+        peak = max(peak, now)
+    return peak / 1e9
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 
@@ -181,10 +229,12 @@ def parse_args() -> argparse.Namespace:
     add("--pairs", type=positive, default=20, help="(default: 20)")
     add("--batch", type=positive, help="tiles (default: 64 on a GPU, 1 on a CPU)")
     add("--out", type=path, help="where files are meanwhile (default: a temporary folder)")
+    add("--beside", metavar="NAME", help="another teacher: time and memory as ratios to it alone")
     add("--tiny", action="store_true", help="depth 2 and two pairs; its numbers mean nothing")
     args = parser.parse_args()
-    check_names(args.names, "NAME")
-    for name in args.names:
+    others = [args.beside] if args.beside else []
+    check_names(args.names + others, "NAME")
+    for name in args.names + others:
         if TEACHERS[name].task:
             raise InputError(f"NAME: {name} is made here, not published; choose another")
     return args
@@ -198,16 +248,22 @@ def main() -> None:
     where = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}, timm {import_timm().__version__}")
     batch = args.batch or (64 if on_gpu else 1)
+    pairs = 2 if args.tiny else args.pairs
+    if args.tiny:
+        for name in dict.fromkeys([*args.names, args.beside or args.names[0]]):
+            set_depth(name, 2)
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        if args.beside:
+            write_file(args.beside, folder)
         for name in args.names:
-            if args.tiny:
-                set_depth(name, 2)
             file = write_file(name, folder)
             print(f"\n{name}: {file.stat().st_size / 1e9:.2f} GB of random weights, {file.suffix}")
-            report_loading(name, folder, dtype, device)
-            pairs = 2 if args.tiny else args.pairs
-            report_speed(name, folder, batch, pairs, device, dtype)
-            file.unlink()
+            if args.beside:
+                report_beside(name, args.beside, folder, batch, pairs, device)
+            else:
+                report_loading(name, folder, dtype, device)
+                report_speed(name, folder, batch, pairs, device, dtype)
+                file.unlink()
 
 
 if __name__ == "__main__":
