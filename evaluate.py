@@ -10,8 +10,8 @@ numbers are printed, then added to results.json in the folder of each run, or in
 
 Tasks (PROTOCOLS has them in words): knn, linear and retrieval ask whether the summary
 knows the class of a tile, adaptive whether a small cut finds what the whole embedding finds; dense
-asks whether patch tokens know a mask. Pictures are drawn by `python -m extras.figures`, cut
-students written by `python -m extras.export`.
+asks whether patch tokens know a mask. Pictures are drawn by `python -m extras.figures`; what
+`python -m extras.export` writes for timm is a RUN too.
 
 Read on from `run_tasks`: it goes from tiles to the rows of the table. The tasks themselves are
 plain functions of tensors, tested against scikit-learn and against plain loops.
