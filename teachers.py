@@ -22,6 +22,7 @@ import re
 import time
 import zipfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -795,6 +796,13 @@ def offline_file(name: str, weights_dir: str | Path, steps: int, seed: int) -> P
     return Path(weights_dir, f"{name}-{version}-{steps}-{seed}.pt")
 
 
+@lru_cache(maxsize=1)
+def draw_lessons(seed: int, n: int) -> dict[str, Tensor]:
+    """{"image", "cells", "tissue"} of n labelled tiles, a stream of its own; one for both teachers."""
+    drawn = TissueTiles("teacher", seed).draw(n)
+    return {key: drawn[key] for key in ("image", "cells", "tissue")}
+
+
 def train_offline_teacher(
     name: str, steps: int, seed: int, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
@@ -806,7 +814,7 @@ def train_offline_teacher(
     classes = {"cells": len(CELLS), "tissue": len(TISSUES)}[spec.task]
     batch_size = 32
     peak_lr = 2e-3
-    tiles = TissueTiles("teacher", seed).draw(min(6144, steps * batch_size))  # a stream of its own
+    tiles = draw_lessons(seed, min(6144, steps * batch_size))
     images = tiles["image"].to(device)
     labels = tiles[spec.task].to(device)
     mean, std = spec.norm

@@ -1,6 +1,6 @@
 """The paper's three claims in miniature: drawn tissue, two offline teachers, no download.
 
-    python -m extras.benchmarks.miniature            40 minutes on 2 CPU cores, from nothing
+    python -m extras.benchmarks.miniature            an hour on 2 slow CPU cores, from nothing
     python -m extras.benchmarks.miniature --tiles labelled/ --steps 500
                                                      the same students on real, labelled tiles
     python -m extras.benchmarks.miniature --tiny     a minute; shows that it runs
