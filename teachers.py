@@ -798,7 +798,7 @@ def offline_file(name: str, weights_dir: str | Path, steps: int, seed: int) -> P
 
 @lru_cache(maxsize=1)
 def draw_lessons(seed: int, n: int) -> dict[str, Tensor]:
-    """{"image", "cells", "tissue"} of n labelled tiles, a stream of its own; one for both teachers."""
+    """{"image", "cells", "tissue"} of n tiles of a stream of their own; the teachers share them."""
     drawn = TissueTiles("teacher", seed).draw(n)
     return {key: drawn[key] for key in ("image", "cells", "tissue")}
 
