@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
@@ -797,7 +798,7 @@ def offline_file(name: str, weights_dir: str | Path, steps: int, seed: int) -> P
 
 
 @lru_cache(maxsize=1)
-def draw_lessons(seed: int, n: int) -> dict[str, Tensor]:
+def draw_labelled_tiles(seed: int, n: int) -> dict[str, Tensor]:
     """{"image", "cells", "tissue"} of n tiles of a stream of their own; the teachers share them."""
     drawn = TissueTiles("teacher", seed).draw(n)
     return {key: drawn[key] for key in ("image", "cells", "tissue")}
@@ -814,7 +815,7 @@ def train_offline_teacher(
     classes = {"cells": len(CELLS), "tissue": len(TISSUES)}[spec.task]
     batch_size = 32
     peak_lr = 2e-3
-    tiles = draw_lessons(seed, min(6144, steps * batch_size))
+    tiles = draw_labelled_tiles(seed, min(6144, steps * batch_size))
     images = tiles["image"].to(device)
     labels = tiles[spec.task].to(device)
     mean, std = spec.norm
@@ -905,16 +906,21 @@ def list_teachers(weights_dir: str | Path, only_open: bool = False) -> None:
             print(f"{'':17}{spec.note}")
 
 
+def open_named_tile(tile: str) -> Image.Image:
+    """The image that TILE names on a command line. InputError: it cannot be read."""
+    try:
+        return open_tile(tile)
+    except UnreadableTile as reason:
+        raise InputError(f"TILE: {tile}: {reason}; give a png, jpg or tif") from None
+
+
 def try_teacher(name: str, tile: str, weights_dir: str, device: str, precision: str) -> None:
     """Load a teacher, embed an image, print how long it took and how the embedding begins."""
     check_names([name], "NAME")
     device, dtype = choose_device(device, precision)
     if not tile:
         raise InputError("TILE: none is given; name an image to embed, png, jpg or tif")
-    try:
-        image = open_tile(tile)
-    except UnreadableTile as reason:
-        raise InputError(f"TILE: {tile}: {reason}; give a png, jpg or tif") from None
+    image = open_named_tile(tile)
     start = time.monotonic()
     teacher = load_teacher(name, weights_dir, device, dtype)
     loaded = time.monotonic()
@@ -941,8 +947,7 @@ def main() -> None:
     )
     parser.add_argument("--device", type=path, help="cuda, mps or cpu (default: the best at hand)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    add = parser.add_argument
-    add("--open", action="store_true", help="list only those that need no request")
+    parser.add_argument("--open", action="store_true", help="list only those that need no request")
     args = parser.parse_args()
     if args.name is None:
         list_teachers(args.weights_dir, args.open)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
-from data import UnreadableTile, draw_tissue, make_parser, open_tile, path, run_program
+from data import draw_tissue, make_parser, path, run_program
 from student import InputError, Tokens
 from teachers import (
     OFFLINE,
@@ -36,6 +36,7 @@ from teachers import (
     find_in_cache,
     find_weights,
     load_teacher,
+    open_named_tile,
     read_weights,
     timm_state,
 )
@@ -109,11 +110,7 @@ def open_pixels(tile: str, name: str) -> Tensor:
     if not tile:
         image, *_ = draw_tissue("distil", 0, 0, size)
         return TF.to_tensor(image)[None]
-    try:
-        image = open_tile(tile)
-    except UnreadableTile as reason:
-        raise InputError(f"TILE: {tile}: {reason}; give a png, jpg or tif") from None
-    pixels = TF.pil_to_tensor(image)[None] / 255
+    pixels = TF.pil_to_tensor(open_named_tile(tile))[None] / 255
     mode = TF.InterpolationMode(spec.interpolation)
     pixels = TF.resize(pixels, spec.resize or size, mode)
     return TF.center_crop(pixels, size).clamp(0, 1)
@@ -314,7 +311,7 @@ def compare_fp32(ours: Tokens, theirs: Tokens) -> list[str]:
     for kind, expected in theirs.items():
         difference = largest(ours[kind], expected)
         print(f"fp32      {kind}: largest difference {difference:.1e} of their scale", flush=True)
-        if not difference <= LIMIT:
+        if not difference <= LIMIT:  # or it is no number
             problems.append(f"{kind} by {difference:.1e} in fp32")
     return problems
 
@@ -326,7 +323,7 @@ def compare_bf16(ours: Tokens, theirs: Tokens, exact: Tokens) -> list[str]:
         our_error = rms_error(ours[kind], expected)
         their_error = rms_error(theirs[kind], expected)
         print(f"bf16      {kind}: error {our_error:.1e} of their scale, theirs {their_error:.1e}")
-        if not our_error <= LIMIT_BF16 * their_error:
+        if not our_error <= LIMIT_BF16 * their_error:  # or it is no number
             problems.append(f"{kind} by {our_error:.1e} in bf16")
     return problems
 

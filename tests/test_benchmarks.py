@@ -432,7 +432,7 @@ def test_eva_that_is_not_there_names_the_pip_command(run, tmp_path):
 
 
 def test_evas_random_student_is_one(tmp_path):
-    eva.random_student(tmp_path / "student.pt")
+    eva.random_student("vit_s", tmp_path / "student.pt")
     student, config = evaluate.load_student(tmp_path / "student.pt")
     assert config["student"] == "vit_s" and student.backbone.norm.weight.std() > 0.1
 

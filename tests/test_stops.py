@@ -204,7 +204,7 @@ def test_ctrl_c_before_the_loop_is_one_line_and_the_same_command_begins_anew(tmp
     owner, attribute = BEFORE[where]
 
     def patch():
-        teachers.draw_lessons.cache_clear()  # of the process that this one is a fork of
+        teachers.draw_labelled_tiles.cache_clear()  # of the process that this one is a fork of
         original = getattr(owner, attribute)
 
         def interrupted(*args, **kwargs):

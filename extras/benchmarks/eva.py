@@ -28,8 +28,9 @@ from PIL import Image
 
 from data import make_parser, path, positive, run_program
 from evaluate import embed, load_student
+from extras.benchmarks.timing import random_student
 from extras.export import export
-from student import STUDENTS, InputError, Student
+from student import InputError, Student
 
 HERE = Path(__file__).parent
 CONFIG = "configs/vision/pathology/offline/classification/bach.yaml"
@@ -138,19 +139,6 @@ def print_metrics(logs: Path) -> None:
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def random_student(file: Path) -> None:
-    """A ViT-S whose weights are all far from their start, as a student.pt."""
-    student = Student("vit_s")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in student.parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(0.05 * noise if p.ndim > 1 else 0.5 + 0.3 * noise)
-    config = {"student": "vit_s", "arch": STUDENTS["vit_s"], "nested_dims": [96, 384]}
-    config |= {"step": 1, "steps": 1, "teachers": []}
-    torch.save({"state_dict": student.backbone.state_dict(), "config": config}, file)
-
-
 def parse_args() -> argparse.Namespace:
     parser = make_parser("python -m extras.benchmarks.eva", __doc__)
     add = parser.add_argument
@@ -178,7 +166,7 @@ def main() -> int:
         work = Path(folder)
         if not args.run:
             args.run = work / "random.pt"
-            random_student(args.run)
+            random_student("vit_s", args.run)
         student, _ = load_student(args.run)
         if student.img_size != SIDE:
             raise InputError(f"--run: {args.run} sees no tiles of 224 px; give a vit_b or vit_s")

@@ -28,7 +28,15 @@ from torch.utils.data import DataLoader, Dataset
 import evaluate
 from data import batches, list_tiles, make_parser, path, positive, run_program
 from evaluate import CentreTiles, embed, load_student
-from extras.benchmarks.timing import draw_folder, import_timm, interleaved, ratios, spread, timed
+from extras.benchmarks.timing import (
+    draw_folder,
+    import_timm,
+    interleaved,
+    random_student,
+    ratios,
+    spread,
+    timed,
+)
 from extras.export import export
 from student import STUDENTS, InputError, Student
 from teachers import choose_device
@@ -86,11 +94,7 @@ def print_rates(title: str, seconds: dict[str, list[float]], n: int) -> None:
 def measure(name: str, root: Path, work: Path, device: torch.device, rounds: int) -> bool:
     """One student -> whether both give the same embeddings."""
     timm = import_timm()
-    config = {"student": name, "arch": STUDENTS[name], "nested_dims": [STUDENTS[name]["width"]]}
-    config |= {"step": 1, "steps": 1, "teachers": []}
-    torch.manual_seed(0)
-    state = Student(name).backbone.state_dict()
-    torch.save({"state_dict": state, "config": config}, work / f"{name}.pt")
+    random_student(name, work / f"{name}.pt")
     export(work / f"{name}.pt", work / name)
 
     student = load_student(work / name)[0].to(device)
@@ -106,7 +110,7 @@ def measure(name: str, root: Path, work: Path, device: torch.device, rounds: int
     difference = (contenders["ours"]() - contenders["timm"]()).abs().max()  # and warms both up
     n = len(files)
     print(f"{name}, {n} tiles, largest difference {difference:.1e}")
-    timings = {key: functools.partial(timed, work) for key, work in contenders.items()}
+    timings = {key: functools.partial(timed, embed_all) for key, embed_all in contenders.items()}
     print_rates("from files", interleaved(timings, rounds), n)
     images = torch.rand(min(n, BATCH), 3, student.img_size, student.img_size, device=device)
     timings = {

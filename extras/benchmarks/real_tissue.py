@@ -317,7 +317,7 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=positive, help="of every student (default: train.py's for the toy)")
     add("--teacher-steps", type=positive, default=500, help="of every teacher (default: 500)")
     add("--device", type=path, help="cuda, mps or cpu (default: the best at hand)")
-    add("--tiny", action="store_true", help="four steps, few tiles; its numbers mean nothing")
+    add("--tiny", action="store_true", help="two steps, few tiles; its numbers mean nothing")
     args = parser.parse_args()
     args.steps = args.steps or train.DEFAULTS["toy"]["steps"]
     if args.tiny:

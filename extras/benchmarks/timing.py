@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 import train
 from data import batches, draw_tissue
 from losses import Standardizers, nested_loss
-from student import Adaptors, InputError, Student
+from student import STUDENTS, Adaptors, InputError, Student
 from teachers import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +70,19 @@ def timm_twin(arch: dict) -> nn.Module:
         **mlp,
     )
     return twin.eval()
+
+
+def random_student(name: str, file: Path) -> None:
+    """Write a student.pt whose weights are all far from their start. name: one in STUDENTS."""
+    student = Student(name)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in student.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(0.05 * noise if p.ndim > 1 else 0.5 + 0.3 * noise)
+    config = {"student": name, "arch": STUDENTS[name], "nested_dims": [student.width]}
+    config |= {"step": 1, "steps": 1, "teachers": []}
+    torch.save({"state_dict": student.backbone.state_dict(), "config": config}, file)
 
 
 def memory(kind: str, process: int | str = "self") -> float:
