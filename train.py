@@ -121,7 +121,7 @@ def train(
         step_loss = torch.zeros((), device=device)
         for micro_step in range(args.accumulate):
             batch = next(tiles)
-            images = batch["image"].to(device, non_blocking=True).contiguous()
+            images = batch["image"].to(device, non_blocking=True).contiguous()  # (B, 3, H, W)
             outputs = teacher_outputs(batch, images, teachers, grid)
             targets = standardizers(outputs)
 
@@ -129,12 +129,12 @@ def train(
             model.require_backward_grad_sync = micro_step == args.accumulate - 1
             with autocast:
                 predictions = model(images)
-            loss, terms = compute_loss(predictions, targets)
+            loss, terms = compute_loss(predictions, targets)  # outside autocast, in float32
             loss = loss / args.accumulate
             scaler.scale(loss).backward()
             step_loss += loss.detach()
 
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # so that the norm is the gradient's own
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         scaler.step(optimizer)
         scaler.update()
