@@ -74,7 +74,6 @@ WANTED = (
     "wanted is a row a tile, path,label,split below a line that says so, with commas, split train "
     "or test, perhaps a column group; python -m extras.labels makes it of other tables"
 )
-VOID = 255  # in a mask: of no class, neither learned nor tested
 
 # What tiles can be labelled with, and the tokens that are asked for it.
 LABELS = {
@@ -479,25 +478,16 @@ def find_doubts(train: CentreTiles, test: CentreTiles) -> list[str]:
     return doubts
 
 
-def settle_masks(train: Tensor, test: Tensor) -> list[str]:
-    """Masks (n, S, S) of both splits: where they hold 0 and 255 alone, 255 becomes 1, in place.
-
-    For so black-and-white masks are saved; elsewhere 255 is of no class. Returns what to say about
-    that, and about masks of one class. InputError: of no class.
-    """
+def mask_doubts(masks: Tensor) -> list[str]:
+    """The same of masks (n, S, S), both splits together."""
     counts = torch.zeros(256, dtype=torch.long)
-    for mask in [*train, *test]:
+    for mask in masks:
         counts += mask.flatten().long().bincount(minlength=256)
     values = counts.nonzero()[:, 0].tolist()
-    if values == [VOID]:
-        raise InputError(f"--data: all masks are {VOID}, which is of no class; give class numbers")
-    if values == [0, VOID]:
-        for masks in (train, test):
-            masks[masks == VOID] = 1
-        return [f"masks hold 0 and {VOID} alone: taken as classes 0 and 1"]
-    classes = [value for value in values if value != VOID]
-    if len(classes) == 1:
-        return [f"all masks are of class {classes[0]} alone: any answer is right"]
+    if len(values) == 1:
+        return [f"all masks hold {values[0]} alone: any answer is right"]
+    if len(values) == 2 and values[1] == 255:
+        return [f"masks hold {values[0]} and 255 alone: 255 is taken as a class, not as none"]
     return []
 
 
@@ -664,14 +654,13 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 def dense_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> dict:
     """The linear probe on patch tokens, its logits enlarged to the mask; see PROTOCOLS.
 
-    x: (n, N, D), y: masks (n, S, S) of class numbers 0 to 254, or 255 where a pixel is of none.
+    x: (n, N, D), y: masks (n, S, S) of class numbers 0 to 255.
     """
     grid = round(train_x.shape[1] ** 0.5)
     y = F.interpolate(train_y[:, None].float(), (grid, grid), mode="nearest-exact")
     y = y.flatten().long()  # (n * N,)
     x = train_x.flatten(0, 1)  # (n * N, D)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    chosen = order[y[order] != VOID][:TOKENS]
+    chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:TOKENS]
     W, bias, classes = fit_linear(x[chosen], y[chosen])
     confusion = torch.zeros(256 * 256, dtype=torch.long)
     for tokens, truth in zip(test_x.split(64), test_y.long().split(64), strict=True):
@@ -679,7 +668,7 @@ def dense_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
         logits = logits.transpose(1, 2).unflatten(2, (grid, grid))  # (b, K, grid, grid)
         logits = F.interpolate(logits, truth.shape[1:], mode="bilinear")  # (b, K, S, S)
         predicted = classes[logits.argmax(1)]  # (b, S, S)
-        pairs = (256 * truth + predicted)[truth != VOID]
+        pairs = (256 * truth + predicted).flatten()
         confusion += pairs.bincount(minlength=256 * 256)
     return overlap(confusion.view(256, 256))
 
@@ -707,7 +696,7 @@ PROTOCOLS = {
     "adaptive": "the 200 nearest at m channels, re-ranked at all, as in MRL (arXiv 2205.13147); "
     "work: its multiply-adds, as a share of a full search",
     "dense": "the linear probe on at most 100,000 patch tokens, each labelled by its centre; "
-    "logits enlarged; all test pixels but those of mask 255",
+    "logits enlarged; all test pixels",
 }
 TASKS = {
     "knn": knn,
@@ -739,9 +728,8 @@ def run_tasks(
     rows = []
     unreadable = set()
     doubts = set()
-    splits = labelled_files(root) if root else {}
     for size, group in by_size(models).items():  # each model sees tiles of its own size
-        train_tiles, test_tiles = open_splits(root, splits, seed, size)
+        train_tiles, test_tiles = open_splits(root, seed, size)
         plan = plan_tasks(train_tiles[0], tasks)
         if not plan:
             holds = "classes, no masks" if "dense" in tasks else "masks, no classes"
@@ -752,7 +740,7 @@ def run_tasks(
             unreadable.update(train_tiles.unreadable, test_tiles.unreadable)
             doubts.update(find_doubts(train_tiles, test_tiles))
         if "mask" in plan:
-            doubts.update(settle_masks(train["mask"], test["mask"]))
+            doubts.update(mask_doubts(torch.cat([train["mask"], test["mask"]])))
         for name, (model, dims) in group.items():
             for dim in dims:
                 scores = score(name, dim, plan, train, test)
@@ -785,11 +773,10 @@ def by_size(models: dict) -> dict[int, dict]:
     return groups
 
 
-def open_splits(
-    root: str | Path | None, splits: dict, seed: int, size: int
-) -> tuple[Dataset, Dataset]:
-    """Tiles to learn from and to test on: `splits` of labelled_files, or drawn (N_TILES each)."""
+def open_splits(root: str | Path | None, seed: int, size: int) -> tuple[Dataset, Dataset]:
+    """Tiles to learn from and to test on, of a labelled folder or drawn (N_TILES of each)."""
     if root:
+        splits = labelled_files(root)
         return CentreTiles(root, size, *splits["train"]), CentreTiles(root, size, *splits["test"])
     train = data.TissueTiles("bank", seed, size, N_TILES)
     test = data.TissueTiles("test", seed, size, N_TILES)
