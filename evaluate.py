@@ -80,6 +80,11 @@ HISTOGRAM = "colour histogram"
 BASELINES = {CHANCE: 0, HISTOGRAM: 24}  # the rows beside the models, and their dims
 VOID = 255  # in a mask: of no class, neither learned nor tested
 LAYOUTS = "train/CLASS/* and test/CLASS/*, labels.csv (path, label, split), or images/* and masks/*"
+COLUMNS = ["label", "path", "split"]  # of labels.csv; "group" may be one too
+WANTED = (
+    "wanted is a row a tile, path,label,split below a line that says so, with commas, split train "
+    "or test, perhaps a column group; python -m extras.labels makes it of other tables"
+)
 
 CHIEF = ("balanced_accuracy", "mIoU")  # in the table with their intervals
 HEADINGS = {  # those of the other figures are their names
@@ -167,60 +172,117 @@ def labelled_files(root: str | Path) -> dict[str, tuple[list[str], dict[str, lis
     """A labelled folder -> {"train": (files, targets), "test": (files, targets)}.
 
     files: paths relative to `root`, in a mixed order that is always the same, so that no class is
-    always the earlier one where neighbours are equally near. targets: {"class":
-    numbers} or {"mask": paths}, one a file. Three layouts are understood, see LAYOUTS; labels.csv
-    comes before folders. InputError: a split has no tiles, one has masks and the other classes, or
-    a tile of the test set is of a class that the training set has not.
+    always the earlier one where neighbours are equally near. targets, one a file: {"class":
+    numbers} or {"mask": paths}; with a column `group` also {"group": numbers}. Three layouts are
+    understood, see LAYOUTS; labels.csv comes before folders. InputError: a split has no tiles, or
+    of one class alone; one has masks and the other classes; a tile of the test set is of a class
+    that the training set has not, or is in the training set too.
     """
     root = Path(root)
-    labels = None
-    if (root / "labels.csv").exists():
-        labels = read_labels(root / "labels.csv")
-    found = {}
-    classes = []
-    for split in ("train", "test"):
+    table = root / "labels.csv"
+    groups = {}
+    if table.exists():
         kind = "class"
-        top = split if (root / split).is_dir() else "."
-        if labels is not None:
-            pairs = labels.get(split, [])
-        elif (root / top / "masks").is_dir():
-            kind = "mask"
-            pairs = masked_files(root, top, split)
-        elif top == split:
-            pairs = class_files(root, split)
-        else:
-            pairs = []
-        if not pairs:
-            raise InputError(
-                f"--data: {root} has no tiles for {split}; a labelled folder holds {LAYOUTS}"
-            )
-        if found and kind not in found["train"][1]:
-            raise InputError(
-                f"--data: {root} has masks for one split and classes for the other; give one kind"
-            )
-        mixed = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
+        pairs = read_labels(table)
+        groups = {row["path"]: row["group"] for _, row in read_rows(table) if "group" in row}
+    else:
+        kind, pairs = folder_files(root)
+    found = {}
+    for split in ("train", "test"):
+        order = np.random.default_rng(0).permutation(len(pairs[split]))
+        mixed = [pairs[split][i] for i in order]
         files = [file for file, _ in mixed]
-        targets = [label for _, label in mixed]
-        if kind == "class":
-            if split == "train":
-                classes = sorted(set(targets) - {""})
-            targets = class_numbers(root, files, targets, classes)
-        found[split] = (files, {kind: targets})
+        found[split] = (files, {kind: [label for _, label in mixed]})
+    check_apart(root, found["train"][0], found["test"][0])
+    if kind == "class":
+        number_classes(root, found)
+    if groups:
+        numbers = {name: number for number, name in enumerate(sorted(set(groups.values())))}
+        for files, targets in found.values():
+            targets["group"] = [numbers[groups[file]] for file in files]
     return found
 
 
 def read_labels(table: Path) -> dict[str, list[tuple[str, str]]]:
-    """labels.csv, with columns path, label, split -> {split: [(path, label), ...]}."""
-    csv.field_size_limit(2**31 - 1)  # a quote never closed: a row without a split, no csv.Error
+    """labels.csv -> {"train": [(path, label), ...], "test": ...}; other splits are named.
+
+    InputError: it has other columns, a row that is not whole, a path that is there twice, or no
+    rows of train or of test.
+    """
+    splits = defaultdict(list)
+    line_of = {}
+    for line, row in read_rows(table):
+        file = row["path"]
+        if "" in row.values():
+            raise InputError(f"--data: {table}, line {line}: a value is missing; {WANTED}")
+        if file in line_of:
+            twice = f"lines {line_of[file]} and {line} are both of {file}"
+            raise InputError(f"--data: {table}: {twice}; keep one")
+        line_of[file] = line
+        splits[row["split"]].append((file, row["label"]))
+    others = []
+    for split, pairs in splits.items():
+        if split not in ("train", "test"):
+            others.append(f"{split} ({len(pairs)})")
+    for split in ("train", "test"):
+        if split not in splits:
+            instead = f", but of {', '.join(others)}" if others else ""
+            raise InputError(f"--data: {table} has no tiles for {split}{instead}; {WANTED}")
+    if others:
+        print(f"{table}: left out are the rows of {', '.join(others)}")
+    return {"train": splits["train"], "test": splits["test"]}
+
+
+def read_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of labels.csv, each with the number of its line; spaces round values are dropped."""
     text = table.read_text("utf-8-sig", "surrogateescape")
-    splits = {}
-    for row in csv.DictReader(text.split("\n"), skipinitialspace=True):
-        file = row.get("path")
-        label = (row.get("label") or "").strip()
-        split = (row.get("split") or "").strip()
-        if file:
-            splits.setdefault(split, []).append((file, label))
-    return splits
+    reader = csv.reader(text.split("\n"), skipinitialspace=True, strict=True)
+    columns = None
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if not any(cells):  # an empty line, or the commas that spreadsheets leave
+                continue
+            if columns is None:
+                columns = cells
+                if sorted(columns) not in (COLUMNS, sorted([*COLUMNS, "group"])):
+                    raise InputError(f"--data: {table} has the columns {columns}; {WANTED}")
+                continue
+            if len(cells) != len(columns):
+                counted = f"{len(cells)} values in {len(columns)} columns"
+                raise InputError(f"--data: {table}, line {reader.line_num}: {counted}; {WANTED}")
+            yield reader.line_num, dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        raise InputError(f"--data: {table}, line {reader.line_num}: {error}; {WANTED}") from None
+    if columns is None:
+        raise InputError(f"--data: {table} is empty; {WANTED}")
+
+
+def folder_files(root: Path) -> tuple[str, dict[str, list[tuple[str, str]]]]:
+    """Folders of classes or of masks -> their kind, "class" or "mask", and {split: [(file, class or
+    mask), ...]}."""
+    found = {}
+    kinds = set()
+    for split in ("train", "test"):
+        top = split if (root / split).is_dir() else "."
+        pairs = []
+        if (root / top / "masks").is_dir():
+            kinds.add("mask")
+            pairs = masked_files(root, top, split)
+        elif top == split:
+            kinds.add("class")
+            pairs = class_files(root, split)
+        if not pairs:
+            raise InputError(
+                f"--data: {root} has no tiles for {split}; a labelled folder holds {LAYOUTS}; "
+                "python -m extras.labels makes one of other folders and tables"
+            )
+        found[split] = pairs
+    if len(kinds) > 1:
+        raise InputError(
+            f"--data: {root} has masks for one split and classes for the other; give one kind"
+        )
+    return kinds.pop(), found
 
 
 def masked_files(root: Path, top: str, split: str) -> list[tuple[str, str]]:
@@ -234,7 +296,11 @@ def masked_files(root: Path, top: str, split: str) -> list[tuple[str, str]]:
     _, masks = list_tiles([root / top / "masks"], "--data")
     mask_of = {}
     for mask in masks:
-        mask_of[os.path.splitext(mask)[0]] = mask
+        stem = os.path.splitext(mask)[0]
+        if stem in mask_of:
+            two = f"{mask_of[stem]} and {mask}"
+            raise InputError(f"--data: {root / top}/masks: {two} are masks of one tile; keep one")
+        mask_of[stem] = mask
     pairs = []
     for image in images:
         mask = mask_of.get(os.path.splitext(image)[0], image)
@@ -257,42 +323,78 @@ def class_files(root: Path, split: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def class_numbers(root: Path, files: list[str], labels: list[str], classes: list[str]) -> list[int]:
-    """The place of each label among the classes of the training set."""
-    numbers = []
-    for file, label in zip(files, labels, strict=True):
-        if label not in classes:
+def number_classes(root: Path, found: dict) -> None:
+    """Classes of both splits become numbers, in place: their places in the sorted ones of train."""
+    classes = sorted(set(found["train"][1]["class"]) - {""})
+    for split, (files, targets) in found.items():
+        labels = targets["class"]
+        if not any(labels):
+            no_class = f"{root / split} holds tiles, but no folders of classes"
+            raise InputError(f"--data: {no_class}; a labelled folder holds {LAYOUTS}")
+        for file, label in zip(files, labels, strict=True):
+            if label not in classes:
+                raise InputError(
+                    f"--data: {root}/{file} is in none of the classes of train; move or remove it"
+                )
+        if len(set(labels)) == 1:
             raise InputError(
-                f"--data: {root}/{file} is in none of the classes of train; move or remove it"
+                f"--data: {root}: all tiles of {split} are of one class, {labels[0]!r}, so that "
+                "any answer is right; give two classes or more"
             )
-        numbers.append(classes.index(label))
-    return numbers
+        targets["class"] = [classes.index(label) for label in labels]
+
+
+def check_apart(root: Path, train: list[str], test: list[str]) -> None:
+    """InputError: a file is in train and in test, by its path or through links."""
+    file_at = {os.path.realpath(root / file): file for file in train}
+    for file in test:
+        same = file_at.get(os.path.realpath(root / file))
+        if same is not None:
+            raise InputError(
+                f"--data: {root}: {same} of train and {file} of test are one file; "
+                "keep it in one of them"
+            )
 
 
 def open_mask(path: str | Path) -> Image.Image:
     """A mask as class numbers 0 to 255, mode L. UnreadableTile: it is none, and why.
 
-    A mask has one channel, or three that are equal. JPEG changes numbers, so a JPEG has to be
-    plainly black and white: then black is 0 and white is 1.
+    A mask has one page, and one channel or three that are equal. JPEG changes numbers, so a JPEG
+    has to be plainly black and white: then black is 0 and white is 1.
     """
     try:
         with Image.open(io.BytesIO(read_file(path))) as image:
             check_size(image.width, image.height)
-            is_jpeg = image.format == "JPEG"
-            numbers = np.array(image.convert("L") if is_jpeg else image)
+            numbers = mask_numbers(image)
     except UnreadableTile:
         raise
     except Exception as error:  # noqa: BLE001 - Pillow raises a dozen types on damaged files
         raise UnreadableTile(f"damaged ({type(error).__name__})") from None
-    if is_jpeg:
-        numbers = black_and_white(numbers)
     if numbers.ndim == 3 and (numbers[..., :1] == numbers[..., :3]).all():  # grey, saved as RGB
         numbers = numbers[..., 0]
-    if numbers.ndim != 2 or numbers.dtype.kind not in "bui":
+    if numbers.ndim != 2:
         raise UnreadableTile("a mask has one channel of class numbers")
+    if numbers.dtype.kind not in "bui":
+        raise UnreadableTile("a mask has whole numbers, these are floating point")
     if numbers.min() < 0 or numbers.max() > 255:
         raise UnreadableTile("a mask has class numbers from 0 to 255")
     return Image.fromarray(numbers.astype(np.uint8))
+
+
+def mask_numbers(image: Image.Image) -> np.ndarray:
+    """What a mask's file holds, (H, W) or (H, W, channels); of a palette its indices."""
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        raise UnreadableTile(f"more than one page ({pages})")
+    if image.format == "JPEG":
+        return black_and_white(np.array(image.convert("L")))
+    packing = str(image.tile)  # how Pillow unpacks: grey of 2 bits as 0, 85, 170, 255
+    numbers = np.array(image)
+    if "'L;2" in packing:
+        return numbers // 85
+    if "'L;4" in packing:
+        return numbers // 17
+    return numbers
 
 
 def black_and_white(grey: np.ndarray) -> np.ndarray:
@@ -308,8 +410,9 @@ def black_and_white(grey: np.ndarray) -> np.ndarray:
 class CentreTiles(Dataset):
     """Tile k of `files` -> {"image": uint8 (3, size, size), "index": k, and its target}.
 
-    The shorter side is resized to `size`, and the centre taken. targets: {"class": numbers} or
-    {"mask": paths}, one a file; a mask becomes numbers (size, size), cut as its tile is.
+    The shorter side is resized to `size`, and the centre taken. targets: {"class": numbers},
+    {"mask": paths} or {"group": numbers}, one a file; a mask becomes numbers (size, size), cut as
+    its tile is.
     An unreadable tile or mask has index -1, and "path: reason" under "unreadable", as FolderTiles.
     """
 
@@ -325,6 +428,7 @@ class CentreTiles(Dataset):
         self.files = files
         self.targets = targets or {}
         self.unreadable = set()  # filled by data.batches
+        self.pixels = {}  # {file: a hash of what is seen of it}, filled by readable_batches
 
     def __len__(self) -> int:
         return len(self.files)
@@ -346,8 +450,9 @@ class CentreTiles(Dataset):
         else:
             item = {"index": k, "unreadable": []}
         item["image"] = self.centre(image, TF.InterpolationMode.BICUBIC)
-        if "class" in self.targets:
-            item["class"] = self.targets["class"][k]
+        for kind in ("class", "group"):
+            if kind in self.targets:
+                item[kind] = self.targets[kind][k]
         if "mask" in self.targets:
             item["mask"] = self.centre(mask, TF.InterpolationMode.NEAREST)[0]  # (size, size)
         return item
@@ -364,7 +469,41 @@ def readable_batches(tiles: Dataset, title: str) -> Iterator[dict]:
         if "index" in batch:  # drawn tissue has none, and is always readable
             readable = batch["index"] >= 0
             batch = {key: values[readable] for key, values in batch.items()}
+            if tiles.targets:
+                for k, image in zip(batch["index"], batch["image"], strict=True):
+                    tiles.pixels[tiles.files[k]] = hash(image.numpy().tobytes())
         yield batch
+
+
+def find_doubts(train: CentreTiles, test: CentreTiles) -> list[str]:
+    """What makes figures doubtful, known once both splits were read -> sentences."""
+    doubts = []
+    train_file = {pixels: file for file, pixels in train.pixels.items()}
+    copies = sorted(file for file, pixels in test.pixels.items() if pixels in train_file)
+    if copies:
+        first = train_file[test.pixels[copies[0]]]
+        doubts.append(
+            f"{len(copies)} of {len(test)} test tiles are in train too, pixel for pixel "
+            f"({copies[0]} is {first}): known by heart"
+        )
+    groups = set(test.targets.get("group", []))
+    shared = groups & set(train.targets.get("group", []))
+    if shared:
+        doubts.append(
+            f"{len(shared)} of the {len(groups)} groups that are tested on are learned from too: "
+            "on others the figures would be lower"
+        )
+    return doubts
+
+
+def mask_doubts(train: Tensor, test: Tensor) -> list[str]:
+    """The same of masks (n, S, S)."""
+    values = classes_in(train, test)
+    if len(values) == 1:
+        return [f"all masks hold {values[0]} alone: any answer is right"]
+    if len(values) == 2 and values[1] == VOID:
+        return [f"masks hold {values[0]} and 255 alone: 255 is taken as a class, not as none"]
+    return []
 
 
 # ---- the tasks: plain tensors in, numbers out ----------------------------------------------------
@@ -604,7 +743,8 @@ def tally_dense(
     y = y.flatten().long()  # (n * N,)
     x = train_x.flatten(0, 1)  # (n * N, D)
     chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    chosen = chosen[y[chosen] != void_of(train_y)][:TOKENS]
+    void = void_of(train_y, test_y)
+    chosen = chosen[y[chosen] != void][:TOKENS]
     W, bias, classes = fit_linear(x[chosen], y[chosen])
     classes = classes.to(torch.uint8)
     predicted = []
@@ -613,19 +753,22 @@ def tally_dense(
         logits = logits.transpose(1, 2).unflatten(2, (grid, grid))  # (b, K, grid, grid)
         logits = F.interpolate(logits, test_y.shape[1:], mode="bilinear")  # (b, K, S, S)
         predicted.append(classes[logits.argmax(1)])
-    return tally_overlap(torch.cat(predicted), test_y, void_of(train_y))
+    return tally_overlap(torch.cat(predicted), test_y, void)
 
 
-def void_of(masks: Tensor) -> int:
-    """The number in masks that is of no class: VOID; -1 where there are two numbers alone, which
+def void_of(train: Tensor, test: Tensor) -> int:
+    """The number in masks that is of no class: VOID; -1 where two numbers are all there are, which
     may be black and white.
     """
-    return VOID if len(classes_in(masks)) > 2 else -1
+    return VOID if len(classes_in(train, test)) > 2 else -1
 
 
-def classes_in(masks: Tensor) -> list[int]:
-    """The numbers that occur."""
-    return masks.flatten().bincount().nonzero()[:, 0].tolist()
+def classes_in(*masks: Tensor) -> list[int]:
+    """The numbers that occur in masks (n, S, S), in order."""
+    found = set()
+    for part in masks:
+        found.update(part.flatten().bincount().nonzero()[:, 0].tolist())
+    return sorted(found)
 
 
 def tally_overlap(predicted: Tensor, truth: Tensor, void: int = -1) -> dict[str, Tally]:
@@ -636,7 +779,9 @@ def tally_overlap(predicted: Tensor, truth: Tensor, void: int = -1) -> dict[str,
     predicted = predicted.where(truth != void, truth)
     hits = []
     sizes = []
-    for label in sorted({*classes_in(predicted), *classes_in(truth)} - {void}):
+    for label in classes_in(predicted, truth):
+        if label == void:
+            continue
         is_true = truth == label
         is_predicted = predicted == label
         hits.append((is_true & is_predicted).sum((1, 2)))
@@ -702,7 +847,7 @@ def tally_chance(task: str, train_y: Tensor, test_y: Tensor) -> dict[str, Tally]
     """The figures of an answer that looks at no tile; see PROTOCOLS."""
     void = -1
     if task == "dense":
-        void = void_of(train_y)
+        void = void_of(train_y, test_y)
     counts = train_y[train_y != void].bincount()
     answer = torch.full_like(test_y, counts.argmax().item())
     if task == "dense":
@@ -839,11 +984,12 @@ def run_tasks(
     None for drawn tissue (of `seed`); tasks: names in TASKS, all of them if None; those that fit no
     label are left out. result["rows"]: [{"model", "parameters", "dim", "n", "scores": {label:
     {task: {metric: value}}}, "intervals": {label: {task: {metric: [low, high]}}}}, ...], with rows
-    for chance and the colour histogram last; "differences": see compare; beside "protocol",
-    "tiles", "left_out", "seed", "unreadable", "torch", "numpy". InputError: no task fits the tiles.
+    for chance and the colour histogram last; "differences": see compare; beside "protocol", "data",
+    "tiles", "left_out", "doubts", "unreadable", "seed", "torch", "numpy". InputError: no task fits.
     """
     tallies = {}
     unreadable = set()
+    doubts = set()
     seen = ["shorter side to the model's size, centre" if root else "drawn at the model's size"]
     histogram = ColourHistogram(next(iter(by_size(models))))
     all_models = {**models, HISTOGRAM: (histogram, [BASELINES[HISTOGRAM]])}
@@ -854,21 +1000,23 @@ def run_tasks(
         test = extract(group, test_tiles, plan, "embedding test")
         if root:
             unreadable.update(train_tiles.unreadable, test_tiles.unreadable)
+            doubts.update(find_doubts(train_tiles, test_tiles))
             seen += tell_scale(test_tiles, group)
+        if "mask" in plan:
+            doubts.update(mask_doubts(train["mask"], test["mask"]))
         for name, (_, dims) in group.items():
             for dim in dims:
                 tallies |= score(name, dim, plan, train, test)
     tallies |= score(CHANCE, BASELINES[CHANCE], plan, train, test)
     left_out += drop_meaningless(tallies, train)
     draws = resample(tallies, test["group"], seed)
-    protocol = dict(PROTOCOLS)
-    for task in TASKS.keys() - set().union(*plan.values()):
-        del protocol[task]
+    run = {figure.task for figure in tallies}
     return {
-        "protocol": protocol,
+        "protocol": {key: PROTOCOLS[key] for key in PROTOCOLS if key in run or key not in TASKS},
         "data": str(Path(root).resolve()) if root else f"{DRAWN}, seed {seed}",
         "tiles": "; ".join(seen),
         "left_out": left_out,
+        "doubts": sorted(doubts),
         "seed": seed,
         "unreadable": sorted(unreadable),
         "torch": torch.__version__,
@@ -1043,6 +1191,8 @@ def print_result(result: dict) -> None:
     for name in BASELINES:
         del sizes[name]
     print(f"parameters: {', '.join(sizes.values())}")
+    for doubt in result["doubts"]:
+        print(f"warning: {doubt}")
     for task, protocol in result["protocol"].items():
         print(f"{task}: {protocol}")
     for words in result["left_out"]:

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import re
+import struct
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -686,18 +688,17 @@ def test_the_order_of_labelled_files_is_mixed_and_fixed(tmp_path):
     "encoding", ["utf-8", "utf-8-sig"]
 )  # with the mark that spreadsheets put in front
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_labels_csv(tmp_path, encoding, end):
+def test_labels_csv(tmp_path, encoding, end, capsys):
     rows = [
-        "split,id,label,path",
-        'train,1,tumour,"odd, names/a.png"',
-        "train,2,stroma,b.png",
-        "val,3,mucus,c.png",
-    ]
-    rows += [
-        'test,4,"tumour","odd, names/é.png"',
-        "test,5,stroma,b.png",
-        ",6,tumour,d.png",
-        "train,7,tumour,gone.png",
+        " split,label ,path",
+        'train,tumour,"odd, names/a.png"',
+        "train , stroma, b.png ",
+        "val,mucus,c.png",
+        ",,",
+        'test,"tumour","odd, names/é.png"',
+        "test,stroma,d.png",
+        "",
+        "train,tumour,gone.png",
     ]
     (tmp_path / "labels.csv").write_bytes(end.join([*rows, ""]).encode(encoding))
     found = as_pairs(tmp_path)
@@ -706,7 +707,8 @@ def test_labels_csv(tmp_path, encoding, end):
         ("gone.png", 1),
         ("odd, names/a.png", 1),
     ]  # mucus is of val alone
-    assert found["test"] == [("b.png", 0), ("odd, names/é.png", 1)]
+    assert found["test"] == [("d.png", 0), ("odd, names/é.png", 1)]
+    assert capsys.readouterr().out == f"{tmp_path}/labels.csv: left out are the rows of val (1)\n"
     write_tiles(tmp_path, 1)[0].rename(tmp_path / "b.png")
     files, targets = labelled_files(str(tmp_path))["train"]
     dataset = CentreTiles(tmp_path, 64, files, targets)
@@ -719,19 +721,40 @@ def test_labels_csv(tmp_path, encoding, end):
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        ("", "has no tiles for train; a labelled folder holds"),
-        ("path,label,split\n", "has no tiles for train; a labelled folder holds"),
-        ("path,label\na.png,x\n", "has no tiles for train; a labelled folder holds"),
-        ("path;label;split\na.png;x;train\n", "has no tiles for train; a labelled folder holds"),
-        ("path,label,split\na.png,x,train\n", "no tiles for test"),
-        ("path,label,split\na.png,x,test\n", "no tiles for train"),
-        ("path,label,split\na.png,x,val\n", "no tiles for train"),
+        ("", "labels.csv is empty; wanted is"),
+        ("path,label,split\n", "has no tiles for train; wanted is"),
+        ("path,label\na.png,x\n", "has the columns ['path', 'label']; wanted is a row a tile"),
+        ("path;label;split\na.png;x;train\n", "has the columns ['path;label;split']; wanted"),
+        ("Path,label,split\na.png,x,train\n", "has the columns ['Path', 'label', 'split']"),
+        ("path,label,split,patient\na.png,x,train,7\n", "'split', 'patient']; wanted"),
+        ("path,label,split,\na.png,x,train,7\n", "'split', '']; wanted"),
+        ("path,label,split,label\na.png,x,train,7\n", "'split', 'label']; wanted"),
+        ("path,label,split\na.png,x,train\n", "has no tiles for test; wanted"),
+        ("path,label,split\na.png,x,test\n", "has no tiles for train; wanted"),
+        ("path,label,split\na.png,x,test\nb.png,x,Train\n", "train, but of Train (1); wanted"),
+        ("path,label,split\na.png,x,train\nb.png,x,val\n", "no tiles for test, but of val (1);"),
         (
             "path,label,split\na.png,x,train\nb.png,y,test\n",
             "b.png is in none of the classes of train",
         ),
-        ("path,label,split\na.png,,train\nb.png,x,test\nc.png,x,train\n", "a.png"),
-        ("path,label,split\na.png,x,train\nb.png\nc.png,y,test\n", "c.png"),
+        ("path,label,split\na.png,,train\nb.png,x,test\n", "line 2: a value is missing"),
+        ("path,label,split\na.png,x,train\nb.png,x,\n", "line 3: a value is missing"),
+        ("path,label,split,group\na.png,x,train, \n", "line 2: a value is missing"),
+        ("path,label,split\na.png,x,train\n\nb.png\n", "line 4: 1 values in 3 columns"),
+        ("path,label,split\na,b.png,x,train\n", "line 2: 4 values in 3 columns"),
+        ('path,label,split\na.png,"x,train\nb.png,x,test\n', "labels.csv, line 4: unexpected end"),
+        (
+            "path,label,split\na.png,x,train\nb.png,x,test\na.png,y,test\n",
+            "lines 2 and 4 are both of a.png; keep one",
+        ),
+        (
+            "path,label,split\na.png,x,train\nb.png,x,test\nc.png,x,test\n",
+            "all tiles of train are of one class, 'x', so that any answer is right",
+        ),
+        (
+            "path,label,split\na.png,x,train\nb.png,y,train\nc.png,x,test\n",
+            "all tiles of test are of one class, 'x'",
+        ),
     ],
 )
 def test_unfit_labels_csv_is_refused_in_one_line(tmp_path, table, expected):
@@ -747,19 +770,109 @@ def test_a_quote_that_labels_csv_never_closes_is_refused_in_one_line(tmp_path):
     assert "labels.csv" in refusal(tmp_path)
 
 
+def test_groups_of_labels_csv(tmp_path, run, cli, capsys):
+    """A number a group, the same in both splits; those that are in both are named."""
+    table = "path,label,split,group\n"
+    groups = {}
+    for i, file in enumerate(write_tiles(tmp_path / "d" / "tiles", 12, (64, 64))):
+        groups[f"tiles/{file.name}"] = f"P{i // 2}"  # P0 to P3 are of train, P4 and P5 of test
+        split = "train" if i < 8 else "test"
+        table += f"tiles/{file.name},{'ab'[i % 2]},{split}, P{i // 2} \n"
+    (tmp_path / "d" / "labels.csv").write_text(table)
+    found = labelled_files(tmp_path / "d")
+    number_of = {}
+    for files, targets in found.values():
+        tiles = CentreTiles(tmp_path / "d", 64, files, targets)
+        for k, file in enumerate(files):
+            number = tiles[k]["group"]
+            assert number_of.setdefault(groups[file], number) == number
+    assert sorted(number_of) == [f"P{i}" for i in range(6)]
+    assert sorted(number_of.values()) == list(range(6))
+    cli(run, "--data", tmp_path / "d", "--tasks", "knn", "--dims", "8")
+    assert results(run)[str(tmp_path / "d")]["doubts"] == []
+    (tmp_path / "d" / "labels.csv").write_text(table.replace("P5", "P0"))
+    cli(run, "--data", tmp_path / "d", "--tasks", "knn", "--dims", "8")
+    [doubt] = results(run)[str(tmp_path / "d")]["doubts"]
+    assert doubt.startswith("1 of the 2 groups that are tested on are learned from too")
+    assert f"warning: {doubt}\n" in capsys.readouterr().out
+
+
+def test_a_tile_in_train_and_in_test_is_refused_also_through_links(tmp_path):
+    for split in ("train", "test"):
+        for name in "ab":
+            write_tiles(tmp_path / split / name, 2, (8, 8))
+    assert len(as_pairs(tmp_path)["test"]) == 4
+    (tmp_path / "test" / "b" / "link.png").symlink_to("../../train/a/tile_001.png")
+    line = refusal(tmp_path)
+    assert "train/a/tile_001.png of train and test/b/link.png of test are one file" in line
+    (tmp_path / "test" / "b" / "link.png").unlink()
+    (tmp_path / "train" / "more").mkdir()
+    (tmp_path / "train" / "a" / "folder").symlink_to(tmp_path / "test" / "a")
+    assert "train/a/folder/tile_000.png of train and test/a/tile_000.png" in refusal(tmp_path)
+    (tmp_path / "labels.csv").write_text(
+        "path,label,split\ntrain/a/tile_000.png,a,train\ntrain/b/tile_000.png,b,train\n"
+        "test/a/tile_000.png,a,test\ntrain/../train/b/tile_000.png,b,test\n"
+    )
+    assert "train/b/tile_000.png of train and train/../train/b/tile" in refusal(tmp_path)
+
+
+def test_copies_of_training_tiles_are_named_below_the_table(tmp_path, run, cli, capsys):
+    for split, first in (("train", 0), ("test", 20)):
+        for k, name in enumerate("ab"):
+            files = write_tiles(tmp_path / "d" / split / name, 3, (64, 64))
+            for i, file in enumerate(files):  # light and dark, so that they are tiles of their own
+                shift = first + 10 * k + i
+                Image.open(file).point(lambda v, s=shift: v // 2 + s).save(file)
+    cli(run, "--data", tmp_path / "d", "--tasks", "knn", "--dims", "8")
+    assert results(run)[str(tmp_path / "d")]["doubts"] == []
+    tile = Image.open(tmp_path / "d" / "train" / "a" / "tile_001.png")
+    tile.save(tmp_path / "d" / "test" / "b" / "tile_000.bmp")  # another file of the same pixels
+    cli(run, "--data", tmp_path / "d", "--tasks", "knn", "--dims", "8")
+    [doubt] = results(run)[str(tmp_path / "d")]["doubts"]
+    assert doubt.startswith("1 of 7 test tiles are in train too, pixel for pixel")
+    assert "(test/b/tile_000.bmp is train/a/tile_001.png)" in doubt
+    assert f"warning: {doubt}\n" in capsys.readouterr().out
+
+
+def test_folders_that_systems_leave_are_no_classes(tmp_path):
+    for split in ("train", "test"):
+        for name in "ab":
+            write_tiles(tmp_path / split / name, 2, (8, 8))
+            write_tiles(tmp_path / split / name / "@eaDir" / "tile_000.png", 1, (8, 8))
+        for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".Trash-1000"):
+            write_tiles(tmp_path / split / name, 2, (8, 8))
+        (tmp_path / split / "a" / "._tile_000.png").write_bytes(b"left by macOS")
+    for split, pairs in as_pairs(tmp_path).items():
+        tiles = [(f"{split}/{n}/tile_00{i}.png", k) for k, n in enumerate("ab") for i in range(2)]
+        assert pairs == tiles
+
+
 def test_unfit_class_folders_are_refused_in_one_line(tmp_path):
     write_tiles(tmp_path / "train" / "a", 2)
+    write_tiles(tmp_path / "train" / "c", 2)
     line = refusal(tmp_path)
     assert f"{tmp_path} has no tiles for test" in line and "labels.csv" in line and "masks" in line
+    assert "python -m extras.labels" in line
     (tmp_path / "test").mkdir()
     assert f"no images (png, jpg, tif, bmp, webp) in {tmp_path / 'test'}" in refusal(tmp_path)
     write_tiles(tmp_path / "test" / "b", 1)
     assert "test/b/tile_000.png is in none of the classes of train" in refusal(tmp_path)
     (tmp_path / "test" / "b").rename(tmp_path / "test" / "a")
-    assert len(as_pairs(tmp_path)["test"]) == 1
+    assert "all tiles of test are of one class, 'a'" in refusal(tmp_path)
+    write_tiles(tmp_path / "test" / "c", 1)
+    assert len(as_pairs(tmp_path)["test"]) == 2
+    (tmp_path / "train" / "c").rename(tmp_path / "aside")
+    assert "c/tile_000.png is in none of the classes of train" in refusal(tmp_path)
+    (tmp_path / "test" / "c").rename(tmp_path / "also_aside")
+    assert "all tiles of train are of one class, 'a'" in refusal(tmp_path)
+    (tmp_path / "aside").rename(tmp_path / "train" / "c")
+    (tmp_path / "also_aside").rename(tmp_path / "test" / "c")
     write_tiles(tmp_path / "train", 1)
     assert "train/tile_000.png is in none of the classes" in refusal(tmp_path)
     assert "nowhere" in refusal(tmp_path / "nowhere")
+    write_tiles(tmp_path / "flat" / "train", 1)
+    write_tiles(tmp_path / "flat" / "test", 1)
+    assert "flat/train holds tiles, but no folders of classes" in refusal(tmp_path / "flat")
 
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -831,10 +944,85 @@ def numbers(size=(64, 64)):
     return ((y // 8 + 2 * (x // 16)) % 3).astype(np.uint8)
 
 
+def test_two_masks_of_one_name_are_refused(tmp_path):
+    write_masks(tmp_path, 5)
+    Image.new("L", (64, 64), 9).save(tmp_path / "masks" / "tile_001.tif")
+    assert "tile_001.png and tile_001.tif are masks of one tile; keep one" in refusal(tmp_path)
+
+
+def save_packed_png(path, values, bits):
+    """A grey PNG of 2 or 4 bits, as optimisers write masks of few numbers; Pillow writes none."""
+    height, width = values.shape
+    rows = []
+    for row in values:
+        spread = (row[:, None] >> np.arange(bits)[::-1]) & 1  # (width, bits), the highest first
+        rows.append(b"\0" + np.packbits(spread.astype(np.uint8)).tobytes())
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")):
+        checked = struct.pack(">I", zlib.crc32(kind + body))
+        content += struct.pack(">I", len(body)) + kind + body + checked
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_numbers_of_a_packed_png_are_those_in_the_file(tmp_path, bits):
+    """Pillow spreads them over 0 to 255: 3 of 2 bits, 15 of 4 would be of no class."""
+    values = np.random.default_rng(0).integers(0, 2**bits, (64, 64)).astype(np.uint8)
+    save_packed_png(tmp_path / "mask.png", values, bits)
+    assert np.array(Image.open(tmp_path / "mask.png")).max() == 255
+    assert np.array_equal(np.array(evaluate.open_mask(tmp_path / "mask.png")), values)
+
+
+def test_masks_of_16_and_32_bits(tmp_path):
+    values = np.arange(64 * 64).reshape(64, 64) % 256
+    tifffile = oracle("tifffile")
+    for kind in ("uint8", "uint16", ">u2", "int32", "uint32"):
+        options = {"byteorder": ">"} if kind == ">u2" else {}
+        tifffile.imwrite(tmp_path / "mask.tif", values.astype(kind), **options)
+        assert np.array_equal(np.array(evaluate.open_mask(tmp_path / "mask.tif")), values), kind
+    for kind in ("uint16", "int32"):
+        tifffile.imwrite(tmp_path / "mask.tif", (values + 1).astype(kind))
+        with pytest.raises(data.UnreadableTile, match="class numbers from 0 to 255"):
+            evaluate.open_mask(tmp_path / "mask.tif")
+    tifffile.imwrite(tmp_path / "mask.tif", values.astype("float32"))
+    with pytest.raises(data.UnreadableTile, match="floating point"):
+        evaluate.open_mask(tmp_path / "mask.tif")
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_mask_of_several_pages_is_refused(tmp_path, n):
+    """Its first page was taken."""
+    pages = [Image.fromarray(numbers() + i) for i in range(n)]
+    pages[0].save(tmp_path / "mask.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(data.UnreadableTile, match=rf"more than one page \({n}\)"):
+        evaluate.open_mask(tmp_path / "mask.tif")
+
+
+def dense(root, run, cli):
+    """The result of the dense probe on a folder of masks."""
+    cli(run, "--data", root, "--tasks", "dense", "--dims", "48")
+    result = results(run)[str(root)]
+    return result["rows"][0]["scores"]["mask"]["dense"], result["doubts"]
+
+
+def test_masks_of_one_value_and_black_and_white_ones_are_told(tmp_path, run, cli, capsys):
+    write_quadrants(tmp_path / "white", 20, (64, 64), values=(0, 255))
+    scores, doubts = dense(tmp_path / "white", run, cli)
+    assert doubts == ["masks hold 0 and 255 alone: 255 is taken as a class, not as none"]
+    assert scores["mIoU"] > 0.9
+    assert f"warning: {doubts[0]}\n" in capsys.readouterr().out
+    write_quadrants(tmp_path / "three", 20, (64, 64), values=(0, 4))
+    path = tmp_path / "three" / "masks" / "03.png"
+    Image.new("L", (64, 64), 255).save(path)
+    assert dense(tmp_path / "three", run, cli)[1] == []
+    write_quadrants(tmp_path / "one", 20, (64, 64), values=(4, 4))
+    assert dense(tmp_path / "one", run, cli)[1] == ["all masks hold 4 alone: any answer is right"]
+
+
 def test_kinds_of_masks(tmp_path):
     write_tiles(tmp_path, 1, (64, 64))
     values = numbers()
-    palette = Image.fromarray(values).convert("P")
     palette = Image.fromarray(values, "L")
     palette.putpalette(
         [200, 10, 10, 10, 200, 10, 10, 10, 200]
@@ -1294,10 +1482,11 @@ def test_what_the_demo_calls(tmp_path, weights_dir, capsys):
 
 def test_labels_csv_with_spaces_after_its_commas(tmp_path):
     (tmp_path / "labels.csv").write_text(
-        "path, label, split\na.png, x, train\nb c.png, y , train \nd.png, x, test\n"
+        "path, label, split\na.png, x, train\nb c.png, y , train \nd.png, x, test\n e.png,y,test\n"
     )
     found = as_pairs(tmp_path)
-    assert found == {"train": [("a.png", 0), ("b c.png", 1)], "test": [("d.png", 0)]}
+    assert found["train"] == [("a.png", 0), ("b c.png", 1)]
+    assert found["test"] == [("d.png", 0), ("e.png", 1)]
 
 
 def test_unreadable_tiles_are_left_out_and_named(tmp_path, run, cli, capsys):
