@@ -658,7 +658,7 @@ def test_dense_probe_equals_scikit_learn_pillow_and_numpy(tmp_path):
     )
 
 
-# ---- every task beside its oracles, at every cut, with and without ties ---------------------------
+# ---- every task beside its oracles, at every cut, with and without ties --------------------------
 def copied(x, y, times=4):
     """Each row several times, as a multiple too: equally near as the others of its block."""
     factors = 2.0 ** torch.arange(times)
