@@ -308,22 +308,23 @@ def class_files(root: Path, split: str) -> list[tuple[str, str]]:
 def number_classes(root: Path, found: dict) -> None:
     """Classes of both splits become numbers, in place: their places in the sorted ones of train."""
     classes = sorted(set(found["train"][1]["class"]) - {""})
+    number_of = {label: number for number, label in enumerate(classes)}
     for split, (files, targets) in found.items():
         labels = targets["class"]
         if not any(labels):
             no_class = f"{root / split} holds tiles, but no folders of classes"
             raise InputError(f"--data: {no_class}; a labelled folder holds {LAYOUTS}")
         for file, label in zip(files, labels, strict=True):
-            if label not in classes:
+            if label not in number_of:
                 raise InputError(
                     f"--data: {root}/{file} is in none of the classes of train; move or remove it"
                 )
         if len(set(labels)) == 1:
             raise InputError(
-                f"--data: {root}: all tiles of {split} are of one class, {labels[0]!r}, so that "
-                "any answer is right; give two classes or more"
+                f"--data: {root}: all tiles of {split} are of one class, {labels[0]!r}: there is "
+                "nothing to tell apart; give two classes or more"
             )
-        targets["class"] = [classes.index(label) for label in labels]
+        targets["class"] = [number_of[label] for label in labels]
 
 
 def check_apart(root: Path, train: list[str], test: list[str]) -> None:
@@ -478,14 +479,14 @@ def find_doubts(train: CentreTiles, test: CentreTiles) -> list[str]:
     return doubts
 
 
-def mask_doubts(masks: Tensor) -> list[str]:
-    """The same of masks (n, S, S), both splits together."""
+def mask_doubts(train: Tensor, test: Tensor) -> list[str]:
+    """The same of masks (n, S, S)."""
     counts = torch.zeros(256, dtype=torch.long)
-    for mask in masks:
+    for mask in [*train, *test]:
         counts += mask.flatten().long().bincount(minlength=256)
     values = counts.nonzero()[:, 0].tolist()
     if len(values) == 1:
-        return [f"all masks hold {values[0]} alone: any answer is right"]
+        return [f"all masks hold {values[0]} alone: there is nothing to tell apart"]
     if len(values) == 2 and values[1] == 255:
         return [f"masks hold {values[0]} and 255 alone: 255 is taken as a class, not as none"]
     return []
@@ -740,7 +741,7 @@ def run_tasks(
             unreadable.update(train_tiles.unreadable, test_tiles.unreadable)
             doubts.update(find_doubts(train_tiles, test_tiles))
         if "mask" in plan:
-            doubts.update(mask_doubts(torch.cat([train["mask"], test["mask"]])))
+            doubts.update(mask_doubts(train["mask"], test["mask"]))
         for name, (model, dims) in group.items():
             for dim in dims:
                 scores = score(name, dim, plan, train, test)

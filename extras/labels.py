@@ -517,7 +517,7 @@ def write_masks(folder: Path, top: str, tiles: list[Tile], threshold: int | None
         shares.append(f"{number} {100 * pixels[number] / pixels.sum():.1f} %")
     print(f"numbers in masks: {', '.join(shares)}")
     if len(shares) == 1:
-        print("warning: masks of one number: any answer is right")
+        print("warning: all masks hold one number: there is nothing to tell apart")
 
 
 def read_mask(file: str, threshold: int | None) -> Image.Image:
