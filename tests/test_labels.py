@@ -478,6 +478,11 @@ def test_real_tiles(tmp_path, make, refused):
     assert len(found["train"][0]) + len(found["test"][0]) == 100
     assert len(set(found["train"][1]["class"])) == len(set(found["test"][1]["class"])) == 8
     (tmp_path / "OUT").rename(tmp_path / "kather")
-    assert "as masks/1009009" in refused(REAL / "ocdc_masks")
-    said, found = make(REAL / "ocdc_masks", "--threshold", 100)
-    assert "numbers in masks: 0 " in said and len(found["test"][0]) == 2
+    said, found = make(REAL / "ocdc_masks")
+    assert re.search(r"numbers in masks: 0 \d\d.\d %, 1 \d\d.\d %", said)
+    assert len(found["train"][0]) == 8 and len(found["test"][0]) == 2
+    (tmp_path / "OUT").rename(tmp_path / "masks")
+    assert "1 groups or tiles cannot be split" in refused(REAL / "ocdc_masks", "--group", r"\d+_r")
+    said, found = make(REAL / "oral")
+    assert "split: train/ is train, test/ is test" in said
+    assert len(found["train"][0]) + len(found["test"][0]) == 1188
