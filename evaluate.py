@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.transforms import functional as TF
 
 import data
 from data import (
@@ -326,22 +325,23 @@ def class_files(root: Path, split: str) -> list[tuple[str, str]]:
 def number_classes(root: Path, found: dict) -> None:
     """Classes of both splits become numbers, in place: their places in the sorted ones of train."""
     classes = sorted(set(found["train"][1]["class"]) - {""})
+    number_of = {label: number for number, label in enumerate(classes)}
     for split, (files, targets) in found.items():
         labels = targets["class"]
         if not any(labels):
             no_class = f"{root / split} holds tiles, but no folders of classes"
             raise InputError(f"--data: {no_class}; a labelled folder holds {LAYOUTS}")
         for file, label in zip(files, labels, strict=True):
-            if label not in classes:
+            if label not in number_of:
                 raise InputError(
                     f"--data: {root}/{file} is in none of the classes of train; move or remove it"
                 )
         if len(set(labels)) == 1:
             raise InputError(
-                f"--data: {root}: all tiles of {split} are of one class, {labels[0]!r}, so that "
-                "any answer is right; give two classes or more"
+                f"--data: {root}: all tiles of {split} are of one class, {labels[0]!r}: there is "
+                "nothing to tell apart; give two classes or more"
             )
-        targets["class"] = [classes.index(label) for label in labels]
+        targets["class"] = [number_of[label] for label in labels]
 
 
 def check_apart(root: Path, train: list[str], test: list[str]) -> None:
@@ -449,17 +449,20 @@ class CentreTiles(Dataset):
             mask = Image.new("L", (1, 1))
         else:
             item = {"index": k, "unreadable": []}
-        item["image"] = self.centre(image, TF.InterpolationMode.BICUBIC)
+        item["image"] = self.centre(image, "bicubic")
         for kind in ("class", "group"):
             if kind in self.targets:
                 item[kind] = self.targets[kind][k]
         if "mask" in self.targets:
-            item["mask"] = self.centre(mask, TF.InterpolationMode.NEAREST)[0]  # (size, size)
+            item["mask"] = self.centre(mask, "nearest")[0]  # (size, size)
         return item
 
-    def centre(self, image: Image.Image, mode: TF.InterpolationMode) -> Tensor:
+    def centre(self, image: Image.Image, mode: str) -> Tensor:
         """The shorter side to `size`, then the centre -> (channels, size, size)."""
-        image = TF.resize(image, self.size, mode)
+        # here, for it takes seconds to import: drawn tissue needs no resize
+        from torchvision.transforms import functional as TF
+
+        image = TF.resize(image, self.size, TF.InterpolationMode(mode))
         return TF.pil_to_tensor(TF.center_crop(image, self.size))
 
 
@@ -500,7 +503,7 @@ def mask_doubts(train: Tensor, test: Tensor) -> list[str]:
     """The same of masks (n, S, S)."""
     values = classes_in(train, test)
     if len(values) == 1:
-        return [f"all masks hold {values[0]} alone: any answer is right"]
+        return [f"all masks hold {values[0]} alone: there is nothing to tell apart"]
     if len(values) == 2 and values[1] == VOID:
         return [f"masks hold {values[0]} and 255 alone: 255 is taken as a class, not as none"]
     return []

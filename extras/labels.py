@@ -66,7 +66,7 @@ IMAGE_NAME = re.compile(r"(.+)[-_. ](image|img|tile|patch)", re.IGNORECASE)
 # Columns of tables, in lower case and with "_" for spaces.
 GUESSES = {
     "path": "path file filename file_name file_path filepath image_path image image_name img tile "
-    "tile_path tile_name patch image_id id name".split(),
+    "tile_path tile_name patch image_id id".split(),
     "label": "label class target diagnosis category class_name label_name tissue type y".split(),
     "split": "split set partition subset phase".split(),
     "group": "group patient patient_id slide slide_id case case_id subject wsi".split(),
@@ -106,11 +106,10 @@ def read_folder(args: Namespace) -> tuple[str, str, list[Tile]]:
     tiles = []
     nowhere = []
     for file, split in split_of.items():
-        if args.label is not None:
-            label = found_in(args.label, file)
+        if args.label is None:
+            label = class_folder(file, split)
         else:
-            parts = file.split("/")[bool(split) :]
-            label = parts[0] if len(parts) > 1 else ""
+            label = found_in(args.label, file)
         if label:
             tiles.append(Tile(file, label, split))
         else:
@@ -124,25 +123,43 @@ def read_folder(args: Namespace) -> tuple[str, str, list[Tile]]:
     return top, "class", tiles
 
 
+def class_folder(file: str, split: str) -> str:
+    """The folder that names a tile's class: the first, or that below the split's, or above it."""
+    folders = file.split("/")[:-1]
+    if not split:
+        return folders[0] if folders else ""
+    place = split_place(file)
+    if place + 1 < len(folders):
+        return folders[place + 1]
+    return folders[place - 1] if place else ""
+
+
+def split_place(file: str) -> int | None:
+    """Which of a tile's folders, the outermost, is called as splits are; None: none."""
+    for place, folder in enumerate(file.split("/")[:-1]):
+        if folder.lower() in TRAIN + TEST:
+            return place
+    return None
+
+
 def split_files(files: list[str]) -> dict[str, str]:
     """{file: train or test} of a folder that holds both, {file: ""} of another."""
-    folders = {}
+    folder_of = {}
     for file in files:
-        first, slash, _ = file.partition("/")
-        if slash:
-            folders[first.lower()] = first
+        place = split_place(file)
+        folder_of[file] = "" if place is None else file.split("/")[place]
+    folders = {folder.lower() for folder in folder_of.values()}
     train = first_of(TRAIN, folders)
     test = first_of(TEST, folders)
     if train is None or test is None:
         return dict.fromkeys(files, "")
-    print(f"split: {folders[train]} is train, {folders[test]} is test")
+    print(f"split: {train}/ is train, {test}/ is test")
     split_of = {}
     others = []
-    for file in files:
-        first = file.split("/")[0]
-        if first == folders[train]:
+    for file, folder in folder_of.items():
+        if folder.lower() == train:
             split_of[file] = "train"
-        elif first == folders[test]:
+        elif folder.lower() == test:
             split_of[file] = "test"
         else:
             others.append(file)
@@ -203,8 +220,10 @@ def pair_masks(split_of: dict[str, str]) -> list[Tile]:
     for key, image in images.items():
         if key in masks:
             split = split_of[image]
-            name = key.removeprefix(image.split("/")[0] + "/") if split else key
-            tiles.append(Tile(image, masks.pop(key), split, name=name))
+            parts = key.split("/")
+            if split:  # its folder is made anew
+                parts.pop(split_place(key))
+            tiles.append(Tile(image, masks.pop(key), split, name="/".join(parts)))
         else:
             alone.append(image)
     if not tiles:
@@ -237,7 +256,8 @@ def read_table(args: Namespace) -> tuple[str, str, list[Tile]]:
         value = row[column_of["path"]]
         file = find(value)
         label = row[column_of["label"]]
-        if file is None or not label:
+        group = row[column_of["group"]] if "group" in column_of else ""
+        if file is None or not label or ("group" in column_of and not group):
             missing.append(repr(value))
             continue
         if file in label_of:
@@ -248,14 +268,13 @@ def read_table(args: Namespace) -> tuple[str, str, list[Tile]]:
             continue
         label_of[file] = label
         split = row[column_of["split"]].lower() if "split" in column_of else ""
-        group = row[column_of["group"]] if "group" in column_of else ""
         tiles.append(Tile(file, label, split, group))
     if not tiles:
         raise InputError(
-            f"SRC: no row has a class and a tile below {top}, as {missing[0]}; name its folder "
-            "with --tiles DIR, and the columns with --path and --label"
+            f"SRC: no row has a class and a tile below {top}, the first {missing[0]}; name the "
+            "folder with --tiles DIR, and the columns with --path and --label"
         )
-    left_out(missing, f"rows without a class or a tile below {top}")
+    left_out(missing, f"rows without a class, a group or a tile below {top}")
     left_out(twice, "rows of tiles that are there already")
     if "split" in column_of:
         tiles = known_splits(tiles)
@@ -422,12 +441,18 @@ def class_of(tile: Tile, kind: str) -> str:
 # ---- what is written and told --------------------------------------------------------------------
 
 
-def check_places(out: Path, top: str) -> None:
-    """InputError: OUT exists, or is in the folder of tiles."""
-    if os.path.lexists(out):
-        raise InputError(f"OUT: {out} exists; choose another name, or remove it")
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(top)):
-        raise InputError(f"OUT: {out} is inside of {top}, which is only read; choose another place")
+def known_classes(tiles: list[Tile]) -> list[Tile]:
+    """All tiles but those of the test set whose class no tile of train has: nobody can know it."""
+    classes = {tile.label for tile in tiles if tile.split == "train"}
+    kept = []
+    others = []
+    for tile in tiles:
+        if tile.label in classes:
+            kept.append(tile)
+        else:
+            others.append(f"{tile.file} of {tile.label!r}")
+    left_out(others, "test tiles of classes that train has not")
+    return kept
 
 
 def write_layout(out: Path, top: str, kind: str, tiles: list[Tile], threshold: int | None) -> None:
@@ -492,7 +517,7 @@ def write_masks(folder: Path, top: str, tiles: list[Tile], threshold: int | None
         shares.append(f"{number} {100 * pixels[number] / pixels.sum():.1f} %")
     print(f"numbers in masks: {', '.join(shares)}")
     if len(shares) == 1:
-        print("warning: masks of one number: any answer is right")
+        print("warning: all masks hold one number: there is nothing to tell apart")
 
 
 def read_mask(file: str, threshold: int | None) -> Image.Image:
@@ -577,6 +602,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     of_tables = (args.path, args.split, args.tiles)
     if os.path.isdir(args.src) and of_tables != (None, None, None):
         raise InputError("--path, --split, --tiles: they are for tables; SRC is a folder")
+    if os.path.lexists(args.out):
+        raise InputError(f"OUT: {args.out} exists; choose another name, or remove it")
     return args
 
 
@@ -586,20 +613,23 @@ def main() -> None:
     out = Path(args.out)
     read = read_folder if os.path.isdir(args.src) else read_table
     top, kind, tiles = read(args)
-    check_places(out, top)
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(top)):
+        raise InputError(f"OUT: {out} is inside of {top}, which is only read; choose another place")
     if args.threshold is not None and kind == "class":
         raise InputError("--threshold: SRC holds classes, no masks; leave it out")
     if args.group and not any(tile.group for tile in tiles):
         tiles = find_groups(tiles, args.group)
-    if len({tile.label for tile in tiles}) == 1 and kind == "class":
-        raise InputError(
-            f"SRC: all tiles are of one class, {tiles[0].label!r}; give a folder of several, or a "
-            "--label REGEX that finds the class in /PATH"
-        )
     if tiles[0].split == "":
         tiles = split_tiles(tiles, kind, args.test or 0.2, args.seed)
     elif args.test:
         raise InputError("--test: SRC says itself what is train and what is test; leave it out")
+    if kind == "class":
+        tiles = known_classes(tiles)
+        if len({tile.label for tile in tiles}) == 1:
+            raise InputError(
+                f"SRC: all tiles are of one class, {tiles[0].label!r}; give a folder of several, "
+                "or a --label REGEX that finds the class in /PATH"
+            )
     write_layout(out, top, kind, tiles, args.threshold)
     tell(out, kind, tiles)
 

@@ -1152,7 +1152,7 @@ def test_labels_csv(tmp_path, encoding, end, capsys):
         ),
         (
             "path,label,split\na.png,x,train\nb.png,x,test\nc.png,x,test\n",
-            "all tiles of train are of one class, 'x', so that any answer is right",
+            "all tiles of train are of one class, 'x': there is nothing to tell apart",
         ),
         (
             "path,label,split\na.png,x,train\nb.png,y,train\nc.png,x,test\n",
@@ -1420,7 +1420,9 @@ def test_masks_of_one_value_and_black_and_white_ones_are_told(tmp_path, run, cli
     Image.new("L", (64, 64), 255).save(path)
     assert dense(tmp_path / "three", run, cli)[1] == []
     write_quadrants(tmp_path / "one", 20, (64, 64), values=(4, 4))
-    assert dense(tmp_path / "one", run, cli)[1] == ["all masks hold 4 alone: any answer is right"]
+    assert dense(tmp_path / "one", run, cli)[1] == [
+        "all masks hold 4 alone: there is nothing to tell apart"
+    ]
 
 
 def test_kinds_of_masks(tmp_path):
