@@ -87,9 +87,9 @@ WANTED = (
 
 CHIEF = ("balanced_accuracy", "mIoU")  # in the table with their intervals
 HEADINGS = {  # those of the other figures are their names
-    "balanced_accuracy": "  balanced (95 %)   ",
-    "mIoU": "  mIoU (95 %)       ",
-    "accuracy": "   acc.",
+    "balanced_accuracy": " balanced (95 %)   ",
+    "mIoU": " mIoU (95 %)       ",
+    "accuracy": "  acc.",
 }
 
 # What tiles can be labelled with, and the tokens that are asked for it.
@@ -811,8 +811,8 @@ PROTOCOLS = {
     "intervals": "95 % of 1000 resamples of the test tiles, or of the groups of labels.csv, with "
     "two tiles more that are right and two that are wrong, as Agresti and Coull add them; for this "
     "student and these tiles to learn from: other seeds and other tiles are not in it",
-    "within noise": "the interval of the difference, on the same resamples, holds 0; that is no "
-    "proof that the two are equal",
+    "differences": "points of the first figure, on the same resamples; within noise: the interval "
+    "holds 0, which is no proof that the two are equal",
 }
 TASKS = {
     "knn": tally_knn,
@@ -892,7 +892,7 @@ def resample(tallies: dict[Figure, Tally], groups: Tensor, seed: int) -> dict[Fi
     columns = []
     for tally in tallies.values():
         # What a tile weighs, spread over the columns: a class may have few tiles
-        whole = torch.full((4, tally.whole.shape[1]), tally.whole.mean())
+        whole = torch.full((4, tally.whole.shape[1]), tally.whole.mean().item())
         right = torch.tensor([1, 1, 0, 0])[:, None]
         parts.append(torch.cat([tally.part, right * whole]))
         wholes.append(torch.cat([tally.whole, whole]))
@@ -923,27 +923,23 @@ def interval(draws: Tensor) -> list[float]:
 def choose_pairs(models: dict) -> dict[str, tuple]:
     """What people want compared: {"A at 16 less B": ((A, 16), (B, its dim)), ...}.
 
-    Students at their smallest, a middle and their largest dim, less each teacher, less the colour
-    histogram, less themselves whole; later students also less the first one whole.
+    Students at their smallest, a middle and their largest dim, less each teacher, the colour
+    histogram, themselves whole, and earlier students whole.
     """
-    students = {}
     rivals = {}
     for name, (model, dims) in models.items():
         if isinstance(model, Teacher):
             rivals[name] = (name, dims[-1])
-        else:
-            students[name] = sorted({dims[0], dims[len(dims) // 2], dims[-1]})
     rivals[HISTOGRAM] = (HISTOGRAM, BASELINES[HISTOGRAM])
     pairs = {}
-    for name, dims in students.items():
-        whole = f"{name} at {dims[-1]}"
-        for dim in dims:
+    for name, (model, dims) in models.items():
+        if isinstance(model, Teacher):
+            continue
+        rivals[f"{name} at {dims[-1]}"] = (name, dims[-1])
+        for dim in sorted({dims[0], dims[len(dims) // 2], dims[-1]}):
             for rival, key in rivals.items():
-                pairs[f"{name} at {dim} less {rival}"] = ((name, dim), key)
-            if dim < dims[-1]:
-                pairs[f"{name} at {dim} less {whole}"] = ((name, dim), (name, dims[-1]))
-        if len(students) > 1 and name == next(iter(students)):
-            rivals[whole] = (name, dims[-1])
+                if key != (name, dim):
+                    pairs[f"{name} at {dim} less {rival}"] = ((name, dim), key)
     return pairs
 
 
@@ -1184,10 +1180,11 @@ def print_result(result: dict) -> None:
     rows = result["rows"]
     for label in rows[0]["scores"]:
         print_table(rows, label)
+        print()
         for difference in result["differences"]:
             if difference["label"] == label:
                 print(difference["text"])
-        print()
+    print()
     sizes = {}
     for row in rows:
         sizes[row["model"]] = f"{row['model']} {row['parameters'] / 1e6:.3f} M"
@@ -1220,9 +1217,9 @@ def print_table(rows: list[dict], label: str) -> None:
         dim = "-" if row["model"] in BASELINES else row["dim"]
         lines.append(f"{row['model']:{width}}{dim:>6}")
     for task, values in first["scores"][label].items():
-        tasks = f"{tasks:{len(metrics)}}  {task}"
+        tasks = f"{tasks:{len(metrics)}} {task}"
         for metric in values:
-            metrics += HEADINGS.get(metric, f"{metric:>7}")
+            metrics += HEADINGS.get(metric, f"{metric:>6}")
             for k, row in enumerate(rows):
                 lines[k] += cell(row, label, task, metric)
     for line in ("", title, tasks, metrics, *lines):
@@ -1233,8 +1230,8 @@ def cell(row: dict, label: str, task: str, metric: str) -> str:
     """A figure in per cent; a chief one with its interval."""
     value = row["scores"][label][task].get(metric)
     if value is None:
-        return f"{'-':>7}"
-    text = f"{100 * value:>7.1f}"
+        return f"{'-':>6}"
+    text = f"{100 * value:>6.1f}"
     if metric in CHIEF:
         low, high = row["intervals"][label][task][metric]
         bounds = f"({100 * low:.1f}-{100 * high:.1f})"
