@@ -779,7 +779,7 @@ def tally_overlap(predicted: Tensor, truth: Tensor, void: int = -1) -> dict[str,
 
     predicted, truth: (n, S, S). Pixels whose truth is `void` do not count.
     """
-    predicted = predicted.where(truth != void, truth)
+    predicted = predicted.where(truth.short() != void, truth)  # of uint8, -1 would be 255
     hits = []
     sizes = []
     for label in classes_in(predicted, truth):
@@ -804,7 +804,7 @@ PROTOCOLS = {
     "adaptive": "the 200 nearest at m channels, re-ranked at all, as in MRL (arXiv 2205.13147); "
     "work: its multiply-adds, as a share of a full search",
     "dense": "the linear probe on at most 100,000 patch tokens, each labelled by its centre; "
-    "logits enlarged; all test pixels",
+    "logits enlarged; all test pixels but those of 255, which is no class",
     CHANCE: "always the most frequent class of the tiles to learn from; in retrieval, any tiles",
     HISTOGRAM: "the same tasks on shares of pixels in 8 bins a channel, 24 numbers, of the tiles "
     "that the first model sees: what does not beat it may have learned stain alone",
@@ -851,6 +851,7 @@ def tally_chance(task: str, train_y: Tensor, test_y: Tensor) -> dict[str, Tally]
     void = -1
     if task == "dense":
         void = void_of(train_y, test_y)
+    train_y = train_y.long()  # of uint8, -1 would be 255
     counts = train_y[train_y != void].bincount()
     answer = torch.full_like(test_y, counts.argmax().item())
     if task == "dense":
