@@ -1062,10 +1062,12 @@ def plan_tasks(tiles: Dataset, tasks: list[str]) -> tuple[dict[str, list[str]], 
         if label in tile and fitting:  # dense fits labels of pixels, the others those of tiles
             plan[label] = fitting
     if not plan:
-        holds = "classes, no masks" if "dense" in tasks else "masks, no classes"
-        if not tasks:
-            holds = f"{len(tiles)} to learn from, adaptive needs {needed}"
-        raise InputError(f"--tasks: the tiles have {holds}; choose other tasks")
+        why = "the tiles have masks, no classes"
+        if "dense" in tasks:
+            why = "the tiles have classes, no masks"
+        elif not tasks:
+            why = f"adaptive needs {needed} tiles to learn from, there are {len(tiles)}"
+        raise InputError(f"--tasks: {why}; choose other tasks")
     return plan, left_out
 
 
