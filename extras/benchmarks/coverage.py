@@ -1,6 +1,6 @@
 """How often the intervals of evaluate.py hold the truth, where the truth is known.
 
-    python -m extras.benchmarks.coverage            2 minutes
+    python -m extras.benchmarks.coverage            6 minutes
     python -m extras.benchmarks.coverage --tiny     seconds; shows that it runs
 
 Simulated test sets: each tile is answered rightly with the true recall of its class, which is the
@@ -83,30 +83,32 @@ def holds(draws: Tensor, truth: float) -> bool:
 def simulate(setting: Setting, times: int, seed: int) -> dict[float, dict[str, float]]:
     """{recall: {"held": per cent of the simulations, ...}}; see the top."""
     counts = {}
+    pairs = {}
     for recall in RECALLS:
         counts[recall] = {"held": 0, "plain": 0, "equal": 0, "width": 0, "unaware": 0}
-    n = sum(setting.counts)
-    alone = torch.arange(n)
+        dim = round(100 * recall)
+        pairs[recall] = (("one", dim), ("other", dim))
+    alone = torch.arange(sum(setting.counts))
     groups = alone // setting.group
     for k in range(times):
         tallies = draw_pair(setting, torch.Generator().manual_seed(seed + k))
+        differences = evaluate.compare(pairs, tallies, groups, k)
         draws = evaluate.resample(tallies, groups, k)
         unaware = draws
         if setting.group > 1:
             unaware = evaluate.resample(tallies, alone, k)
         weights = evaluate.draw_weights(groups, k)
-        for recall, count in counts.items():
-            one = Figure("one", round(100 * recall), "class", "knn", METRIC)
-            other = one._replace(model="other")
-            tally = tallies[one]
-            part = weights @ tally.part.float()
-            plain = evaluate.mean_ratio(part, weights @ tally.whole.float())
-            low, high = evaluate.interval(draws[one])
+        for recall, difference in zip(RECALLS, differences, strict=True):
+            figure = Figure(*pairs[recall][0], "class", "knn", METRIC)
+            tally = tallies[figure]
+            plain = evaluate.mean_ratio(weights @ tally.part.float(), weights @ tally.whole.float())
+            low, high = evaluate.interval(draws[figure])
+            count = counts[recall]
             count["held"] += low <= recall <= high
             count["plain"] += holds(plain, recall)
-            count["equal"] += holds(draws[one] - draws[other], 0)
+            count["equal"] += difference["verdict"] == "within noise"
             count["width"] += high - low
-            count["unaware"] += holds(unaware[one], recall)
+            count["unaware"] += holds(unaware[figure], recall)
     found = {}
     for recall, count in counts.items():
         found[recall] = {key: 100 * value / times for key, value in count.items()}
