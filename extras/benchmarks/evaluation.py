@@ -19,10 +19,12 @@ stand, so this needs Linux.
 """
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -79,19 +81,24 @@ def measure(task: str, sizes: dict[str, int]) -> None:
     print(f"{above:.2f} GB above {size:.2f} GB of features; {values}", flush=True)
 
 
-def time_calls(module: ModuleType, name: str, seconds: list[float]) -> None:
-    """From now on, every call of a function of a module adds what it took to a list."""
-    function = getattr(module, name, None)
-    if function is None:  # in a version before it
-        return
+def time_calls(module: ModuleType, names: list[str], seconds: list[float]) -> None:
+    """From now on, what calls of these functions take is added to a list; not twice where one calls
+    another. A version may lack them.
+    """
+    running = []
 
-    def timed(*args):
+    def timed(function: Callable, *args, **options):
+        running.append(function)
         began = time.process_time()
-        result = function(*args)
-        seconds.append(time.process_time() - began)
+        result = function(*args, **options)
+        running.pop()
+        if not running:
+            seconds.append(time.process_time() - began)
         return result
 
-    setattr(module, name, timed)
+    for name in names:
+        if hasattr(module, name):
+            setattr(module, name, functools.partial(timed, getattr(module, name)))
 
 
 def measure_table(tiles: int) -> None:
@@ -105,8 +112,7 @@ def measure_table(tiles: int) -> None:
     for name in ("A", "B"):
         models[name] = (Student("toy").eval(), DIMS)
     sure = []
-    for name in ("resample", "make_rows", "compare"):
-        time_calls(evaluate, name, sure)
+    time_calls(evaluate, ["resample", "make_rows", "compare"], sure)
     began = time.process_time()
     evaluate.run_tasks(models, None)
     seconds = time.process_time() - began
