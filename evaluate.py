@@ -336,12 +336,14 @@ def number_classes(root: Path, found: dict) -> None:
                 raise InputError(
                     f"--data: {root}/{file} is in none of the classes of train; move or remove it"
                 )
-        if len(set(labels)) == 1:
-            raise InputError(
-                f"--data: {root}: all tiles of {split} are of one class, {labels[0]!r}: there is "
-                "nothing to tell apart; give two classes or more"
-            )
         targets["class"] = [number_of[label] for label in labels]
+    for split, (_, targets) in found.items():
+        present = set(targets["class"])
+        if len(present) == 1:
+            raise InputError(
+                f"--data: {root}: all tiles of {split} are of one class, "
+                f"{classes[present.pop()]!r}: there is nothing to tell apart; give two or more"
+            )
 
 
 def check_apart(root: Path, train: list[str], test: list[str]) -> None:
