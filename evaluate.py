@@ -1059,23 +1059,24 @@ def plan_tasks(tiles: Dataset, tasks: list[str]) -> tuple[dict[str, list[str]], 
     words. InputError: none fits.
     """
     tile = tiles[0]
-    tasks = list(tasks)
-    left_out = []
     needed = 5 * SHORTLIST
-    if "adaptive" in tasks and len(tiles) < needed:
-        tasks.remove("adaptive")
-        left_out.append(f"adaptive, which needs {needed} tiles to learn from")
+    left_out = []
     plan = {}
     for label, kind in LABELS.items():
         fitting = [task for task in tasks if (task == "dense") == (kind == "patches")]
-        if label in tile and fitting:  # dense fits labels of pixels, the others those of tiles
+        if label not in tile:
+            continue
+        if "adaptive" in fitting and len(tiles) < needed:
+            fitting.remove("adaptive")
+            left_out = [f"adaptive, which needs {needed} tiles to learn from"]
+        if fitting:
             plan[label] = fitting
     if not plan:
         why = "the tiles have masks, no classes"
-        if "dense" in tasks:
-            why = "the tiles have classes, no masks"
-        elif not tasks:
+        if left_out:
             why = f"adaptive needs {needed} tiles to learn from, there are {len(tiles)}"
+        elif "dense" in tasks:
+            why = "the tiles have classes, no masks"
         raise InputError(f"--tasks: {why}; choose other tasks")
     return plan, left_out
 
