@@ -48,7 +48,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import evaluate
-from data import make_parser, name_list, natural, path, run_program, save_atomically
+from data import batches, make_parser, name_list, natural, path, run_program, save_atomically
 from extras import figures
 from student import InputError, truncate
 from teachers import OFFLINE, choose_device, find_weights, load_teacher
@@ -183,11 +183,14 @@ def embed_tiles(models: dict, tiles: Dataset, labels: list[str], title: str) -> 
     """One pass over the tiles for all models, {name: (model, dims)}."""
     features = {name: [] for name in models}
     numbers = {label: [] for label in labels}
-    for batch in evaluate.readable_batches(tiles, title):
+    for batch in batches(tiles, range(len(tiles)), 64, evaluate.WORKERS, label=title):
+        readable = torch.ones(len(batch["image"]), dtype=torch.bool)
+        if "index" in batch:  # drawn tissue has none
+            readable = batch["index"] >= 0
         for name, (model, _) in models.items():
-            features[name].append(evaluate.embed(model, batch["image"]))
+            features[name].append(evaluate.embed(model, batch["image"][readable]))
         for label in labels:
-            numbers[label].append(batch[label])
+            numbers[label].append(batch[label][readable])
     joined = {name: torch.cat(parts) for name, parts in features.items()}
     return Embedded(joined, {label: torch.cat(parts) for label, parts in numbers.items()})
 

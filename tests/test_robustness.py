@@ -200,14 +200,14 @@ class Blind(MeanColour):
 COLOURS = {"pink": (170, 95, 100), "blue": (95, 132, 106)}  # equally bright, to a person's eye
 
 
-def write_colours(root, upper_only=False):
+def write_colours(root, upper_only=False, n=20):
     """Tiles of two classes that differ in colour, in all of it or in the upper half."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for name, colour in COLOURS.items():
             folder = root / split / name
             folder.mkdir(parents=True)
-            for i in range(20):
+            for i in range(n):
                 pixels = np.full((16, 16, 3), 127.0)
                 rows = slice(0, 8) if upper_only else slice(None)
                 pixels[rows] = colour
@@ -251,6 +251,14 @@ def test_a_model_that_sees_nothing_loses_nothing(tmp_path):
     """The control: whatever is done to the tiles, half of them are right and no feature moves."""
     found = measured(Blind(), write_colours(tmp_path))
     assert set(found.values()) == {(0.5, pytest.approx(1)), (None, pytest.approx(1))}
+
+
+def test_an_unreadable_tile_is_named_once_and_shifts_nothing(tmp_path, capsys):
+    root = write_colours(tmp_path, n=51)
+    (root / "test" / "pink" / "7.png").write_bytes(b"no picture")
+    found = measured(MeanColour(), root)
+    assert found["clean", 0] == found["turn", 3] == (1, pytest.approx(1))
+    assert capsys.readouterr().err.count("7.png") == 1
 
 
 def test_rows_are_those_of_knn_on_corrupted_tiles_by_hand(tmp_path):
