@@ -65,7 +65,7 @@ def blur(image: Tensor, sigma: float, seed: int) -> Tensor:
     """A Gaussian blur, its kernel cut at three sigma."""
     sigma = sigma * image.shape[-1] / SIZE
     reach = math.ceil(3 * sigma)
-    return TF.gaussian_blur(image, [2 * reach + 1], [sigma])
+    return TF.gaussian_blur(image, 2 * reach + 1, sigma)
 
 
 def jitter(image: Tensor, share: float, seed: int) -> Tensor:
@@ -83,7 +83,8 @@ def grey(image: Tensor, share: float, seed: int) -> Tensor:
 
 def jpeg(image: Tensor, quality: int, seed: int) -> Tensor:
     """What is left of a tile after it was saved as JPEG."""
-    return TF.jpeg(image, quality)
+    saved = TF.jpeg(TF.to_pil_image(image), quality)  # by Pillow: torchvision drops its own codec
+    return TF.pil_to_tensor(saved)
 
 
 def gamma(image: Tensor, exponent: float, seed: int) -> Tensor:
