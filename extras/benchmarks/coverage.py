@@ -1,6 +1,6 @@
 """How often the intervals of evaluate.py hold the truth, where the truth is known.
 
-    python -m extras.benchmarks.coverage            6 minutes
+    python -m extras.benchmarks.coverage            7 minutes
     python -m extras.benchmarks.coverage --tiny     seconds; shows that it runs
 
 Simulated test sets: each tile is answered rightly with the true recall of its class, which is the
