@@ -664,7 +664,7 @@ def test_dense_probe_equals_scikit_learn_pillow_and_numpy(tmp_path):
 # ---- every task beside its oracles, at every cut, with and without ties --------------------------
 def copied(x, y, times=4):
     """Each row several times, as a multiple too: equally near as the others of its block."""
-    factors = 2.0 ** torch.arange(times)
+    factors = 2.0 ** (torch.arange(times) - times)
     return torch.cat([x * factor for factor in factors]), torch.cat([y, y.roll(1), y, y.roll(2)])
 
 
