@@ -7,6 +7,9 @@
 The models stay as they are. Features are taken once, after the final norm; for every nested dim m
 they are cut to their first m channels, and only then normalised, where a task normalises. The
 numbers are printed, then added to results.json in the folder of each run, or in the folder --out.
+Beside the models stand `chance` and a `colour histogram`: what does not beat these has learned
+nothing, or nothing but stain. Every figure has an interval, and students are compared with teachers
+on the same tiles.
 
 Tasks (PROTOCOLS has them in words): knn, linear and retrieval ask whether the summary
 knows the class of a tile, adaptive whether a small cut finds what the whole embedding finds; dense
@@ -14,7 +17,8 @@ asks whether patch tokens know a mask. Pictures are drawn by `python -m extras.f
 `python -m extras.export` writes for timm is a RUN too.
 
 Read on from `run_tasks`: it goes from tiles to the rows of the table. The tasks themselves are
-plain functions of tensors, tested against scikit-learn and against plain loops.
+plain functions of tensors, tested against scikit-learn and against plain loops; they say what each
+test tile adds to a figure (a `Tally`), so that `resample` can ask how sure the figure is.
 """
 
 import csv
@@ -25,6 +29,7 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,9 +70,27 @@ N_TILES = 2048  # of drawn tissue, to learn from and again to test on
 
 TOKENS = 100_000  # the most patch tokens that the dense probe is fitted on
 SIMILARITIES = 2**24  # of queries and bank that are in memory at a time: 128 MB
+SHORTLIST = 200  # tiles that adaptive retrieval re-ranks; the bank has to hold five times as many
+RESAMPLES = 1000  # of the test tiles, for intervals
 WORKERS = min(8, torch.get_num_threads()) if torch.cuda.is_available() else 0  # that read tiles
 DRAWN = "synthetic tissue"  # the title of results without --data
+CHANCE = "chance"
+HISTOGRAM = "colour histogram"
+BASELINES = {CHANCE: 0, HISTOGRAM: 24}  # the rows beside the models, and their dims
+VOID = 255  # in a mask: of no class, neither learned nor tested
 LAYOUTS = "train/CLASS/* and test/CLASS/*, labels.csv (path, label, split), or images/* and masks/*"
+COLUMNS = ["label", "path", "split"]  # of labels.csv; "group" may be one too
+WANTED = (
+    "wanted is a row a tile, path,label,split below a line that says so, with commas, split train "
+    "or test, perhaps a column group; python -m extras.labels makes it of other tables"
+)
+
+CHIEF = ("balanced_accuracy", "mIoU")  # in the table with their intervals
+HEADINGS = {  # those of the other figures are their names
+    "balanced_accuracy": " balanced (95 %)   ",
+    "mIoU": " mIoU (95 %)       ",
+    "accuracy": "  acc.",
+}
 
 # What tiles can be labelled with, and the tokens that are asked for it.
 LABELS = {
@@ -129,7 +152,7 @@ def features(model: nn.Module, images: Tensor, kinds: Iterable[str]) -> dict[str
     kinds: "summary" (B, D), of a teacher the embedding that its card recommends; "patches"
     (B, N, D).
     """
-    images = images.to(next(model.parameters()).device)
+    images = images.to(next(model.parameters(), images).device)  # a histogram has no parameters
     tokens = {}
     if isinstance(model, Teacher):
         if "summary" in kinds:
@@ -148,60 +171,117 @@ def labelled_files(root: str | Path) -> dict[str, tuple[list[str], dict[str, lis
     """A labelled folder -> {"train": (files, targets), "test": (files, targets)}.
 
     files: paths relative to `root`, in a mixed order that is always the same, so that no class is
-    always the earlier one where neighbours are equally near. targets: {"class":
-    numbers} or {"mask": paths}, one a file. Three layouts are understood, see LAYOUTS; labels.csv
-    comes before folders. InputError: a split has no tiles, one has masks and the other classes, or
-    a tile of the test set is of a class that the training set has not.
+    always the earlier one where neighbours are equally near. targets, one a file: {"class":
+    numbers} or {"mask": paths}; with a column `group` also {"group": numbers}. Three layouts are
+    understood, see LAYOUTS; labels.csv comes before folders. InputError: a split has no tiles, or
+    of one class alone; one has masks and the other classes; a tile of the test set is of a class
+    that the training set has not, or is in the training set too.
     """
     root = Path(root)
-    labels = None
-    if (root / "labels.csv").exists():
-        labels = read_labels(root / "labels.csv")
-    found = {}
-    classes = []
-    for split in ("train", "test"):
+    table = root / "labels.csv"
+    groups = {}
+    if table.exists():
         kind = "class"
-        top = split if (root / split).is_dir() else "."
-        if labels is not None:
-            pairs = labels.get(split, [])
-        elif (root / top / "masks").is_dir():
-            kind = "mask"
-            pairs = masked_files(root, top, split)
-        elif top == split:
-            pairs = class_files(root, split)
-        else:
-            pairs = []
-        if not pairs:
-            raise InputError(
-                f"--data: {root} has no tiles for {split}; a labelled folder holds {LAYOUTS}"
-            )
-        if found and kind not in found["train"][1]:
-            raise InputError(
-                f"--data: {root} has masks for one split and classes for the other; give one kind"
-            )
-        mixed = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
+        pairs = read_labels(table)
+        groups = {row["path"]: row["group"] for _, row in read_rows(table) if "group" in row}
+    else:
+        kind, pairs = folder_files(root)
+    found = {}
+    for split in ("train", "test"):
+        order = np.random.default_rng(0).permutation(len(pairs[split]))
+        mixed = [pairs[split][i] for i in order]
         files = [file for file, _ in mixed]
-        targets = [label for _, label in mixed]
-        if kind == "class":
-            if split == "train":
-                classes = sorted(set(targets) - {""})
-            targets = class_numbers(root, files, targets, classes)
-        found[split] = (files, {kind: targets})
+        found[split] = (files, {kind: [label for _, label in mixed]})
+    check_apart(root, found["train"][0], found["test"][0])
+    if kind == "class":
+        number_classes(root, found)
+    if groups:
+        numbers = {name: number for number, name in enumerate(sorted(set(groups.values())))}
+        for files, targets in found.values():
+            targets["group"] = [numbers[groups[file]] for file in files]
     return found
 
 
 def read_labels(table: Path) -> dict[str, list[tuple[str, str]]]:
-    """labels.csv, with columns path, label, split -> {split: [(path, label), ...]}."""
-    csv.field_size_limit(2**31 - 1)  # a quote never closed: a row without a split, no csv.Error
+    """labels.csv -> {"train": [(path, label), ...], "test": ...}; other splits are named.
+
+    InputError: it has other columns, a row that is not whole, a path that is there twice, or no
+    rows of train or of test.
+    """
+    splits = defaultdict(list)
+    line_of = {}
+    for line, row in read_rows(table):
+        file = row["path"]
+        if "" in row.values():
+            raise InputError(f"--data: {table}, line {line}: a value is missing; {WANTED}")
+        if file in line_of:
+            twice = f"lines {line_of[file]} and {line} are both of {file}"
+            raise InputError(f"--data: {table}: {twice}; keep one")
+        line_of[file] = line
+        splits[row["split"]].append((file, row["label"]))
+    others = []
+    for split, pairs in splits.items():
+        if split not in ("train", "test"):
+            others.append(f"{split} ({len(pairs)})")
+    for split in ("train", "test"):
+        if split not in splits:
+            instead = f", but of {', '.join(others)}" if others else ""
+            raise InputError(f"--data: {table} has no tiles for {split}{instead}; {WANTED}")
+    if others:
+        print(f"{table}: left out are the rows of {', '.join(others)}")
+    return {"train": splits["train"], "test": splits["test"]}
+
+
+def read_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of labels.csv, each with the number of its line; spaces round values are dropped."""
     text = table.read_text("utf-8-sig", "surrogateescape")
-    splits = {}
-    for row in csv.DictReader(text.split("\n"), skipinitialspace=True):
-        file = row.get("path")
-        label = (row.get("label") or "").strip()
-        split = (row.get("split") or "").strip()
-        if file:
-            splits.setdefault(split, []).append((file, label))
-    return splits
+    reader = csv.reader(text.split("\n"), skipinitialspace=True, strict=True)
+    columns = None
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if not any(cells):  # an empty line, or the commas that spreadsheets leave
+                continue
+            if columns is None:
+                columns = cells
+                if sorted(columns) not in (COLUMNS, sorted([*COLUMNS, "group"])):
+                    raise InputError(f"--data: {table} has the columns {columns}; {WANTED}")
+                continue
+            if len(cells) != len(columns):
+                counted = f"{len(cells)} values in {len(columns)} columns"
+                raise InputError(f"--data: {table}, line {reader.line_num}: {counted}; {WANTED}")
+            yield reader.line_num, dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        raise InputError(f"--data: {table}, line {reader.line_num}: {error}; {WANTED}") from None
+    if columns is None:
+        raise InputError(f"--data: {table} is empty; {WANTED}")
+
+
+def folder_files(root: Path) -> tuple[str, dict[str, list[tuple[str, str]]]]:
+    """Folders of classes or of masks -> their kind, "class" or "mask", and {split: [(file, class or
+    mask), ...]}."""
+    found = {}
+    kinds = set()
+    for split in ("train", "test"):
+        top = split if (root / split).is_dir() else "."
+        pairs = []
+        if (root / top / "masks").is_dir():
+            kinds.add("mask")
+            pairs = masked_files(root, top, split)
+        elif top == split:
+            kinds.add("class")
+            pairs = class_files(root, split)
+        if not pairs:
+            raise InputError(
+                f"--data: {root} has no tiles for {split}; a labelled folder holds {LAYOUTS}; "
+                "python -m extras.labels makes one of other folders and tables"
+            )
+        found[split] = pairs
+    if len(kinds) > 1:
+        raise InputError(
+            f"--data: {root} has masks for one split and classes for the other; give one kind"
+        )
+    return kinds.pop(), found
 
 
 def masked_files(root: Path, top: str, split: str) -> list[tuple[str, str]]:
@@ -215,7 +295,11 @@ def masked_files(root: Path, top: str, split: str) -> list[tuple[str, str]]:
     _, masks = list_tiles([root / top / "masks"], "--data")
     mask_of = {}
     for mask in masks:
-        mask_of[os.path.splitext(mask)[0]] = mask
+        stem = os.path.splitext(mask)[0]
+        if stem in mask_of:
+            two = f"{mask_of[stem]} and {mask}"
+            raise InputError(f"--data: {root / top}/masks: {two} are masks of one tile; keep one")
+        mask_of[stem] = mask
     pairs = []
     for image in images:
         mask = mask_of.get(os.path.splitext(image)[0], image)
@@ -238,42 +322,81 @@ def class_files(root: Path, split: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def class_numbers(root: Path, files: list[str], labels: list[str], classes: list[str]) -> list[int]:
-    """The place of each label among the classes of the training set."""
-    numbers = []
-    for file, label in zip(files, labels, strict=True):
-        if label not in classes:
+def number_classes(root: Path, found: dict) -> None:
+    """Classes of both splits become numbers, in place: their places in the sorted ones of train."""
+    classes = sorted(set(found["train"][1]["class"]) - {""})
+    number_of = {label: number for number, label in enumerate(classes)}
+    for split, (files, targets) in found.items():
+        labels = targets["class"]
+        if not any(labels):
+            no_class = f"{root / split} holds tiles, but no folders of classes"
+            raise InputError(f"--data: {no_class}; a labelled folder holds {LAYOUTS}")
+        for file, label in zip(files, labels, strict=True):
+            if label not in number_of:
+                raise InputError(
+                    f"--data: {root}/{file} is in none of the classes of train; move or remove it"
+                )
+        targets["class"] = [number_of[label] for label in labels]
+    for split, (_, targets) in found.items():
+        present = set(targets["class"])
+        if len(present) == 1:
             raise InputError(
-                f"--data: {root}/{file} is in none of the classes of train; move or remove it"
+                f"--data: {root}: all tiles of {split} are of one class, "
+                f"{classes[present.pop()]!r}: there is nothing to tell apart; give two or more"
             )
-        numbers.append(classes.index(label))
-    return numbers
+
+
+def check_apart(root: Path, train: list[str], test: list[str]) -> None:
+    """InputError: a file is in train and in test, by its path or through links."""
+    file_at = {os.path.realpath(root / file): file for file in train}
+    for file in test:
+        same = file_at.get(os.path.realpath(root / file))
+        if same is not None:
+            raise InputError(
+                f"--data: {root}: {same} of train and {file} of test are one file; "
+                "keep it in one of them"
+            )
 
 
 def open_mask(path: str | Path) -> Image.Image:
     """A mask as class numbers 0 to 255, mode L. UnreadableTile: it is none, and why.
 
-    A mask has one channel, or three that are equal. JPEG changes numbers, so a JPEG has to be
-    plainly black and white: then black is 0 and white is 1.
+    A mask has one page, and one channel or three that are equal. JPEG changes numbers, so a JPEG
+    has to be plainly black and white: then black is 0 and white is 1.
     """
     try:
         with Image.open(io.BytesIO(read_file(path))) as image:
             check_size(image.width, image.height)
-            is_jpeg = image.format == "JPEG"
-            numbers = np.array(image.convert("L") if is_jpeg else image)
+            numbers = mask_numbers(image)
     except UnreadableTile:
         raise
     except Exception as error:  # noqa: BLE001 - Pillow raises a dozen types on damaged files
         raise UnreadableTile(f"damaged ({type(error).__name__})") from None
-    if is_jpeg:
-        numbers = black_and_white(numbers)
     if numbers.ndim == 3 and (numbers[..., :1] == numbers[..., :3]).all():  # grey, saved as RGB
         numbers = numbers[..., 0]
-    if numbers.ndim != 2 or numbers.dtype.kind not in "bui":
+    if numbers.ndim != 2:
         raise UnreadableTile("a mask has one channel of class numbers")
+    if numbers.dtype.kind not in "bui":
+        raise UnreadableTile("a mask has whole numbers, these are floating point")
     if numbers.min() < 0 or numbers.max() > 255:
         raise UnreadableTile("a mask has class numbers from 0 to 255")
     return Image.fromarray(numbers.astype(np.uint8))
+
+
+def mask_numbers(image: Image.Image) -> np.ndarray:
+    """What a mask's file holds, (H, W) or (H, W, channels); of a palette its indices."""
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        raise UnreadableTile(f"more than one page ({pages})")
+    if image.format == "JPEG":
+        return black_and_white(np.array(image.convert("L")))
+    packing = str(image.tile)  # how Pillow unpacks: grey of 2 bits as 0, 85, 170, 255
+    numbers = np.array(image)
+    if "'L;2" in packing:
+        return numbers // 85
+    if "'L;4" in packing:
+        return numbers // 17
+    return numbers
 
 
 def black_and_white(grey: np.ndarray) -> np.ndarray:
@@ -289,8 +412,9 @@ def black_and_white(grey: np.ndarray) -> np.ndarray:
 class CentreTiles(Dataset):
     """Tile k of `files` -> {"image": uint8 (3, size, size), "index": k, and its target}.
 
-    The shorter side is resized to `size`, and the centre taken. targets: {"class": numbers} or
-    {"mask": paths}, one a file; a mask becomes numbers (size, size), cut as its tile is.
+    The shorter side is resized to `size`, and the centre taken. targets: {"class": numbers},
+    {"mask": paths} or {"group": numbers}, one a file; a mask becomes numbers (size, size), cut as
+    its tile is.
     An unreadable tile or mask has index -1, and "path: reason" under "unreadable", as FolderTiles.
     """
 
@@ -306,6 +430,7 @@ class CentreTiles(Dataset):
         self.files = files
         self.targets = targets or {}
         self.unreadable = set()  # filled by data.batches
+        self.pixels = {}  # {file: a hash of what is seen of it}, filled by readable_batches
 
     def __len__(self) -> int:
         return len(self.files)
@@ -327,8 +452,9 @@ class CentreTiles(Dataset):
         else:
             item = {"index": k, "unreadable": []}
         item["image"] = self.centre(image, "bicubic")
-        if "class" in self.targets:
-            item["class"] = self.targets["class"][k]
+        for kind in ("class", "group"):
+            if kind in self.targets:
+                item[kind] = self.targets[kind][k]
         if "mask" in self.targets:
             item["mask"] = self.centre(mask, "nearest")[0]  # (size, size)
         return item
@@ -348,7 +474,41 @@ def readable_batches(tiles: Dataset, title: str) -> Iterator[dict]:
         if "index" in batch:  # drawn tissue has none, and is always readable
             readable = batch["index"] >= 0
             batch = {key: values[readable] for key, values in batch.items()}
+            if tiles.targets:
+                for k, image in zip(batch["index"], batch["image"], strict=True):
+                    tiles.pixels[tiles.files[k]] = hash(image.numpy().tobytes())
         yield batch
+
+
+def find_doubts(train: CentreTiles, test: CentreTiles) -> list[str]:
+    """What makes figures doubtful, known once both splits were read -> sentences."""
+    doubts = []
+    train_file = {pixels: file for file, pixels in train.pixels.items()}
+    copies = sorted(file for file, pixels in test.pixels.items() if pixels in train_file)
+    if copies:
+        first = train_file[test.pixels[copies[0]]]
+        doubts.append(
+            f"{len(copies)} of {len(test)} test tiles are in train too, pixel for pixel "
+            f"({copies[0]} is {first}): known by heart"
+        )
+    groups = set(test.targets.get("group", []))
+    shared = groups & set(train.targets.get("group", []))
+    if shared:
+        doubts.append(
+            f"{len(shared)} of the {len(groups)} groups that are tested on are learned from too: "
+            "on others the figures would be lower"
+        )
+    return doubts
+
+
+def mask_doubts(train: Tensor, test: Tensor) -> list[str]:
+    """The same of masks (n, S, S)."""
+    values = classes_in(train, test)
+    if len(values) == 1:
+        return [f"all masks hold {values[0]} alone: there is nothing to tell apart"]
+    if len(values) == 2 and values[1] == VOID:
+        return [f"masks hold {values[0]} and 255 alone: 255 is taken as a class, not as none"]
+    return []
 
 
 # ---- the tasks: plain tensors in, numbers out ----------------------------------------------------
@@ -396,48 +556,100 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, index.gather(1, order)
 
 
+class Tally(NamedTuple):
+    """What each test tile adds to a figure: the mean over the columns of sum(part) / sum(whole).
+
+    Accuracy has one column: part is 1 where the answer is right, whole is 1. Balanced accuracy has
+    one for each class, zero for tiles of others. Figures of a resample are those of weighted tiles.
+    """
+
+    part: Tensor  # (n, columns)
+    whole: Tensor  # (n, columns)
+
+
+def mean_ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Sums (..., columns) -> (...), over the columns that hold anything."""
+    return (part / whole).nanmean(-1)  # 0 / 0: a class of which a resample has no tile
+
+
+def numbers(tallies: dict[str, Tally]) -> dict[str, float]:
+    """The figures themselves."""
+    found = {}
+    for metric, tally in tallies.items():
+        found[metric] = mean_ratio(tally.part.sum(0), tally.whole.sum(0)).item()
+    return found
+
+
+def tally_mean(values: Tensor) -> Tally:
+    """A plain mean of values (n,)."""
+    values = values.double()[:, None]
+    return Tally(values, torch.ones_like(values))
+
+
+def tally_answers(predicted: Tensor, truth: Tensor) -> dict[str, Tally]:
+    """Of labels (n,): the accuracy in each class of `truth`, averaged, and that of all tiles."""
+    hits = predicted == truth
+    in_class = (truth[:, None] == truth.unique()).double()  # (n, K)
+    balanced = Tally(in_class * hits[:, None], in_class)
+    return {"balanced_accuracy": balanced, "accuracy": tally_mean(hits)}
+
+
 def accuracies(predicted: Tensor, truth: Tensor) -> dict[str, float]:
-    """Of labels (n,): accuracy, and its mean over the classes of `truth`, balanced_accuracy."""
-    hits = (predicted == truth).double()
-    recalls = []
-    for label in truth.unique():
-        recalls.append(hits[truth == label].mean())
-    balanced = torch.stack(recalls).mean()
-    return {"balanced_accuracy": balanced.item(), "accuracy": hits.mean().item()}
+    """Of labels (n,): balanced_accuracy, the mean over the classes of `truth`, and accuracy."""
+    return numbers(tally_answers(predicted, truth))
 
 
-def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20) -> dict:
+def knn(*problem: Tensor, k: int = 20) -> dict[str, float]:
+    """train_x (n, D), train_y (n,), test_x (q, D), test_y (q,) -> figures; see tally_knn."""
+    return numbers(tally_knn(*problem, k=k))
+
+
+def tally_knn(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20
+) -> dict[str, Tally]:
     """Weighted votes of the k nearest. Equal votes: the lower class number."""
     similarity, index = nearest(train_x, test_x, k)
     weights = (similarity / 0.07).exp()  # (q, k)
     votes = torch.zeros(len(test_x), int(train_y.max()) + 1, dtype=torch.float64)
     votes.scatter_add_(1, train_y[index], weights)
-    return accuracies(votes.argmax(1), test_y)
+    return tally_answers(votes.argmax(1), test_y)
 
 
-def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> dict:
+def retrieval(*problem: Tensor) -> dict[str, float]:
+    """As knn; see tally_retrieval."""
+    return numbers(tally_retrieval(*problem))
+
+
+def tally_retrieval(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
+) -> dict[str, Tally]:
     """Whether the nearest tiles are of the query's class; see PROTOCOLS."""
     _, index = nearest(train_x, test_x, 5)
     labels = train_y[index]  # (q, 5)
-    metrics = {}
+    tallies = {}
     for n in (1, 3, 5):
         hits = (labels[:, :n] == test_y[:, None]).any(1)
-        metrics[f"Acc@{n}"] = hits.double().mean().item()
+        tallies[f"Acc@{n}"] = tally_mean(hits)
     # How many of the five have the label of each; of equals argmax takes the first, the nearest.
     votes = (labels[:, :, None] == labels[:, None, :]).sum(2)  # (q, 5)
     majority = labels.gather(1, votes.argmax(1, keepdim=True))[:, 0]  # (q,)
-    metrics["mMV@5"] = accuracies(majority, test_y)["accuracy"]
-    return metrics
+    tallies["mMV@5"] = tally_mean(majority == test_y)
+    return tallies
 
 
-def adaptive_retrieval(
+def adaptive_retrieval(*problem: Tensor | int, shortlist: int = SHORTLIST) -> dict[str, float]:
+    """As knn, then the dim; see tally_adaptive."""
+    return numbers(tally_adaptive(*problem, shortlist=shortlist))
+
+
+def tally_adaptive(
     train_x: Tensor,
     train_y: Tensor,
     test_x: Tensor,
     test_y: Tensor,
     dim: int,
-    shortlist: int = 200,
-) -> dict:
+    shortlist: int = SHORTLIST,
+) -> dict[str, Tally]:
     """The nearest at `dim` channels, re-ranked at all of them; see PROTOCOLS.
 
     It takes features whole, unlike the other tasks, and cuts them itself.
@@ -451,7 +663,8 @@ def adaptive_retrieval(
     else:
         best = rerank(train_x, test_x, candidates)
         work = dim / width + candidates.shape[1] / len(train_x)
-    return {"Acc@1": accuracies(train_y[best], test_y)["accuracy"], "work": work}
+    hits = train_y[best] == test_y
+    return {"Acc@1": tally_mean(hits), "work": tally_mean(torch.full(hits.shape, work))}
 
 
 def rerank(bank: Tensor, queries: Tensor, candidates: Tensor) -> Tensor:
@@ -504,14 +717,28 @@ def fit_linear(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return W, bias.detach() - W @ mean, classes
 
 
-def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> dict:
+def linear_probe(*problem: Tensor) -> dict[str, float]:
+    """As knn; see tally_linear."""
+    return numbers(tally_linear(*problem))
+
+
+def tally_linear(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
+) -> dict[str, Tally]:
     """Logistic regression on frozen features; see fit_linear."""
     W, bias, classes = fit_linear(train_x, train_y)
     logits = test_x.double() @ W.T + bias  # (q, K)
-    return accuracies(classes[logits.argmax(1)], test_y)
+    return tally_answers(classes[logits.argmax(1)], test_y)
 
 
-def dense_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> dict:
+def dense_probe(*problem: Tensor) -> dict[str, float]:
+    """train_x (n, N, D), train_y (n, S, S), then of the test tiles -> figures; see tally_dense."""
+    return numbers(tally_dense(*problem))
+
+
+def tally_dense(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
+) -> dict[str, Tally]:
     """The linear probe on patch tokens, its logits enlarged to the mask; see PROTOCOLS.
 
     x: (n, N, D), y: masks (n, S, S) of class numbers 0 to 255.
@@ -520,30 +747,53 @@ def dense_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
     y = F.interpolate(train_y[:, None].float(), (grid, grid), mode="nearest-exact")
     y = y.flatten().long()  # (n * N,)
     x = train_x.flatten(0, 1)  # (n * N, D)
-    chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:TOKENS]
+    chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    void = void_of(train_y, test_y)
+    chosen = chosen[y[chosen] != void][:TOKENS]
     W, bias, classes = fit_linear(x[chosen], y[chosen])
-    confusion = torch.zeros(256 * 256, dtype=torch.long)
-    for tokens, truth in zip(test_x.split(64), test_y.long().split(64), strict=True):
+    classes = classes.to(torch.uint8)
+    predicted = []
+    for tokens in test_x.split(64):
         logits = tokens.double() @ W.T + bias  # (b, N, K)
         logits = logits.transpose(1, 2).unflatten(2, (grid, grid))  # (b, K, grid, grid)
-        logits = F.interpolate(logits, truth.shape[1:], mode="bilinear")  # (b, K, S, S)
-        predicted = classes[logits.argmax(1)]  # (b, S, S)
-        pairs = (256 * truth + predicted).flatten()
-        confusion += pairs.bincount(minlength=256 * 256)
-    return overlap(confusion.view(256, 256))
+        logits = F.interpolate(logits, test_y.shape[1:], mode="bilinear")  # (b, K, S, S)
+        predicted.append(classes[logits.argmax(1)])
+    return tally_overlap(torch.cat(predicted), test_y, void)
 
 
-def overlap(confusion: Tensor) -> dict[str, float]:
+def void_of(train: Tensor, test: Tensor) -> int:
+    """The number in masks that is of no class: VOID; -1 where two numbers are all there are, which
+    may be black and white.
+    """
+    return VOID if len(classes_in(train, test)) > 2 else -1
+
+
+def classes_in(*masks: Tensor) -> list[int]:
+    """The numbers that occur in masks (n, S, S), in order."""
+    found = set()
+    for part in masks:
+        found.update(part.flatten().bincount().nonzero()[:, 0].tolist())
+    return sorted(found)
+
+
+def tally_overlap(predicted: Tensor, truth: Tensor, void: int = -1) -> dict[str, Tally]:
     """mIoU and Dice, means over the classes that are true or predicted somewhere.
 
-    confusion: pixel counts (K, K), a row a true class, a column a predicted one.
+    predicted, truth: (n, S, S). Pixels whose truth is `void` do not count.
     """
-    hits = confusion.diagonal().double()
-    sizes = (confusion.sum(0) + confusion.sum(1)).double()  # of truth and prediction together
-    present = sizes > 0
-    iou = hits / (sizes - hits)
-    dice = 2 * hits / sizes
-    return {"mIoU": iou[present].mean().item(), "Dice": dice[present].mean().item()}
+    predicted = predicted.where(truth.short() != void, truth)  # of uint8, -1 would be 255
+    hits = []
+    sizes = []
+    for label in classes_in(predicted, truth):
+        if label == void:
+            continue
+        is_true = truth == label
+        is_predicted = predicted == label
+        hits.append((is_true & is_predicted).sum((1, 2)))
+        sizes.append(is_true.sum((1, 2)) + is_predicted.sum((1, 2)))
+    hits = torch.stack(hits, 1).double()  # pixels (n, K)
+    sizes = torch.stack(sizes, 1).double()  # of truth and prediction together
+    return {"mIoU": Tally(hits, sizes - hits), "Dice": Tally(2 * hits, sizes)}
 
 
 PROTOCOLS = {
@@ -556,15 +806,176 @@ PROTOCOLS = {
     "adaptive": "the 200 nearest at m channels, re-ranked at all, as in MRL (arXiv 2205.13147); "
     "work: its multiply-adds, as a share of a full search",
     "dense": "the linear probe on at most 100,000 patch tokens, each labelled by its centre; "
-    "logits enlarged; all test pixels",
+    "logits enlarged; all test pixels but those of 255, which is no class",
+    CHANCE: "always the most frequent class of the tiles to learn from; in retrieval, any tiles",
+    HISTOGRAM: "the same tasks on shares of pixels in 8 bins a channel, 24 numbers, of the tiles "
+    "that the first model sees: what does not beat it may have learned stain alone",
+    "intervals": "95 % of 1000 resamples of the test tiles, or of the groups of labels.csv, with "
+    "two tiles more that are right and two that are wrong, as Agresti and Coull add them; for this "
+    "student and these tiles to learn from: other seeds and other tiles are not in it",
+    "differences": "points of the first figure, on the same resamples; within noise: the interval "
+    "holds 0, which is no proof that the two are equal",
 }
 TASKS = {
-    "knn": knn,
-    "linear": linear_probe,
-    "retrieval": retrieval,
-    "adaptive": adaptive_retrieval,
-    "dense": dense_probe,
+    "knn": tally_knn,
+    "linear": tally_linear,
+    "retrieval": tally_retrieval,
+    "adaptive": tally_adaptive,
+    "dense": tally_dense,
 }
+
+
+# ---- what models are held against ----------------------------------------------------------------
+
+
+class ColourHistogram(nn.Module):
+    """A model that sees stain alone: the shares of pixels in 8 bins of red, of green, of blue.
+
+    Of the tile as its summary (B, 24), of each of 8 x 8 fields as its patches (B, 64, 24).
+    """
+
+    def __init__(self, img_size: int):
+        super().__init__()
+        self.img_size = img_size
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        bins = images // 32  # uint8 (B, 3, S, S)
+        shares = []
+        for number in range(8):
+            inside = (bins == number).float()
+            shares.append(F.adaptive_avg_pool2d(inside, 8))  # (B, 3, 8, 8)
+        patches = torch.cat(shares, 1).flatten(2).transpose(1, 2)  # (B, 64, 24)
+        return {"summary": patches.mean(1), "patches": patches}
+
+
+def tally_chance(task: str, train_y: Tensor, test_y: Tensor) -> dict[str, Tally]:
+    """The figures of an answer that looks at no tile; see PROTOCOLS."""
+    void = -1
+    if task == "dense":
+        void = void_of(train_y, test_y)
+    train_y = train_y.long()  # of uint8, -1 would be 255
+    counts = train_y[train_y != void].bincount()
+    answer = torch.full_like(test_y, counts.argmax().item())
+    if task == "dense":
+        return tally_overlap(answer, test_y, void)
+    if task in ("knn", "linear"):
+        return tally_answers(answer, test_y)
+    share = (counts / counts.sum())[test_y]  # of the query's class, (n,)
+    tallies = {"Acc@1": tally_mean(share)}
+    if task == "retrieval":
+        for n in (3, 5):
+            tallies[f"Acc@{n}"] = tally_mean(1 - (1 - share) ** n)
+    return tallies
+
+
+# ---- how sure a figure is ------------------------------------------------------------------------
+
+
+class Figure(NamedTuple):
+    """The place of a figure in the table."""
+
+    model: str
+    dim: int
+    label: str
+    task: str
+    metric: str
+
+
+def resample(
+    tallies: dict[Figure, Tally], groups: Tensor, seed: int, right: tuple = (1, 1, 0, 0)
+) -> dict[Figure, Tensor]:
+    """Every figure on the same resamples of the test tiles -> {figure: (RESAMPLES,)}.
+
+    groups: (n,); tiles of the same number, those of a patient say, are drawn together. Four tiles
+    are added, two right and two wrong (Agresti and Coull 1998, doi 10.1080/00031305.1998.10480550):
+    else a model without errors would be sure of it, on however few tiles. right: which two.
+    """
+    added = groups.max() + 1 + torch.arange(4)
+    weights = draw_weights(torch.cat([groups, added]), seed)
+    parts = []
+    wholes = []
+    columns = []
+    for tally in tallies.values():
+        # What a tile weighs, spread over the columns: a class may have few tiles
+        whole = torch.full((4, tally.whole.shape[1]), tally.whole.mean().item())
+        parts.append(torch.cat([tally.part, torch.tensor(right)[:, None] * whole]))
+        wholes.append(torch.cat([tally.whole, whole]))
+        columns.append(whole.shape[1])
+    parts = weights @ torch.cat(parts, 1).float()
+    wholes = weights @ torch.cat(wholes, 1).float()
+    figures = zip(tallies, parts.split(columns, 1), wholes.split(columns, 1), strict=True)
+    return {figure: mean_ratio(part, whole) for figure, part, whole in figures}
+
+
+def draw_weights(groups: Tensor, seed: int) -> Tensor:
+    """How often each tile is in each resample -> (RESAMPLES, n). groups: (n,), see resample."""
+    _, groups = groups.unique(return_inverse=True)
+    count = int(groups.max()) + 1
+    generator = torch.Generator().manual_seed(seed)
+    times = torch.empty(RESAMPLES, count)
+    for row in times:
+        drawn = torch.randint(count, (count,), generator=generator)
+        row.copy_(drawn.bincount(minlength=count))
+    return times[:, groups]
+
+
+def interval(draws: Tensor) -> list[float]:
+    """What holds 95 % of the values of a figure on resamples: [low, high]."""
+    return draws.quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def choose_pairs(models: dict) -> dict[str, tuple]:
+    """What people want compared: {"A at 16 less B": ((A, 16), (B, its dim)), ...}.
+
+    Students at their smallest, a middle and their largest dim, less each teacher, the colour
+    histogram, themselves whole, and earlier students whole.
+    """
+    rivals = {}
+    for name, (model, dims) in models.items():
+        if isinstance(model, Teacher):
+            rivals[name] = (name, dims[-1])
+    rivals[HISTOGRAM] = (HISTOGRAM, BASELINES[HISTOGRAM])
+    pairs = {}
+    for name, (model, dims) in models.items():
+        if isinstance(model, Teacher):
+            continue
+        rivals[f"{name} at {dims[-1]}"] = (name, dims[-1])
+        for dim in sorted({dims[0], dims[len(dims) // 2], dims[-1]}):
+            for rival, key in rivals.items():
+                if key != (name, dim):
+                    pairs[f"{name} at {dim} less {rival}"] = ((name, dim), key)
+    return pairs
+
+
+def compare(pairs: dict, tallies: dict[Figure, Tally], groups: Tensor, seed: int) -> list[dict]:
+    """The first figure of each label, pair by pair -> differences as results.json holds them.
+
+    Of the tiles that `resample` adds, either model has one right that the other has wrong.
+    """
+    values = numbers(tallies)
+    measures = {}
+    for figure in tallies:
+        measures.setdefault(figure.label, figure[2:])  # label, task, metric
+    firsts = {figure: tallies[figure] for figure in tallies if figure[2:] in measures.values()}
+    draws = resample(firsts, groups, seed)
+    other_draws = resample(firsts, groups, seed, right=(1, 0, 1, 0))
+    found = []
+    for label, task, metric in measures.values():
+        for words, (one, other) in pairs.items():
+            one = Figure(*one, label, task, metric)
+            other = Figure(*other, label, task, metric)
+            difference = values[one] - values[other]
+            low, high = interval(draws[one] - other_draws[other])
+            verdict = "within noise"
+            if low > 0:
+                verdict = "above"
+            elif high < 0:
+                verdict = "below"
+            bounds = f"({100 * low:.1f} to {100 * high:.1f})"
+            text = f"{words}: {100 * difference:+.1f} {bounds}: {verdict}"
+            found.append({"label": label, "task": task, "metric": metric, "text": text})
+            found[-1] |= {"difference": difference, "low": low, "high": high, "verdict": verdict}
+    return found
 
 
 # ---- from tiles to rows --------------------------------------------------------------------------
@@ -581,41 +992,46 @@ def run_tasks(
     models: {name: (student or teacher, dims to cut its embedding to)}; root: a labelled folder,
     None for drawn tissue (of `seed`); tasks: names in TASKS, all of them if None; those that fit no
     label are left out. result["rows"]: [{"model", "parameters", "dim", "n", "scores": {label:
-    {task: {metric: value}}}}, ...], beside "protocol", "tiles", "seed", "unreadable", "torch",
-    "numpy". InputError: no task fits the tiles.
+    {task: {metric: value}}}, "intervals": {label: {task: {metric: [low, high]}}}}, ...], with rows
+    for chance and the colour histogram last; "differences": see compare; beside "protocol", "data",
+    "tiles", "left_out", "doubts", "unreadable", "seed", "torch", "numpy". InputError: no task fits.
     """
-    tasks = list(tasks or TASKS)
-    rows = []
+    tallies = {}
     unreadable = set()
-    for size, group in by_size(models).items():  # each model sees tiles of its own size
+    doubts = set()
+    seen = ["shorter side to the model's size, centre" if root else "drawn at the model's size"]
+    histogram = ColourHistogram(next(iter(by_size(models))))
+    all_models = {**models, HISTOGRAM: (histogram, [BASELINES[HISTOGRAM]])}
+    for size, group in by_size(all_models).items():  # each model sees tiles of its own size
         train_tiles, test_tiles = open_splits(root, seed, size)
-        plan = plan_tasks(train_tiles[0], tasks)
-        if not plan:
-            holds = "classes, no masks" if "dense" in tasks else "masks, no classes"
-            raise InputError(f"--tasks: {root} holds {holds}; choose other tasks")
+        plan, left_out = plan_tasks(train_tiles, tasks or list(TASKS))
         train = extract(group, train_tiles, plan, "embedding train")
         test = extract(group, test_tiles, plan, "embedding test")
         if root:
             unreadable.update(train_tiles.unreadable, test_tiles.unreadable)
-        for name, (model, dims) in group.items():
+            doubts.update(find_doubts(train_tiles, test_tiles))
+            seen += tell_scale(test_tiles, group)
+        if "mask" in plan:
+            doubts.update(mask_doubts(train["mask"], test["mask"]))
+        for name, (_, dims) in group.items():
             for dim in dims:
-                scores = score(name, dim, plan, train, test)
-                rows.append(make_row(name, model, dim, scores, train, test))
-    seen = "drawn at the model's size"
-    if root:
-        seen = "shorter side to the model's size, centre"
-    protocol = {}
-    for scores in rows[0]["scores"].values():
-        for task in scores:
-            protocol[task] = PROTOCOLS[task]
+                tallies |= score(name, dim, plan, train, test)
+    tallies |= score(CHANCE, BASELINES[CHANCE], plan, train, test)
+    left_out += drop_meaningless(tallies, train)
+    draws = resample(tallies, test["group"], seed)
+    run = {figure.task for figure in tallies}
     return {
-        "protocol": protocol,
-        "tiles": seen,
+        "protocol": {key: PROTOCOLS[key] for key in PROTOCOLS if key in run or key not in TASKS},
+        "data": str(Path(root).resolve()) if root else f"{DRAWN}, seed {seed}",
+        "tiles": "; ".join(seen),
+        "left_out": left_out,
+        "doubts": sorted(doubts),
         "seed": seed,
         "unreadable": sorted(unreadable),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "rows": rows,
+        "rows": make_rows(models, tallies, draws, count_tiles(train, test)),
+        "differences": compare(choose_pairs(models), tallies, test["group"], seed),
     }
 
 
@@ -638,20 +1054,38 @@ def open_splits(root: str | Path | None, seed: int, size: int) -> tuple[Dataset,
     return train, test
 
 
-def plan_tasks(tile: dict, tasks: list[str]) -> dict[str, list[str]]:
-    """The tasks that fit each label of a tile -> {label: [task, ...]}; dense: labels of pixels."""
+def plan_tasks(tiles: Dataset, tasks: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The tasks that fit the labels of tiles to learn from -> {label: [task, ...]}; left out, in
+    words. InputError: none fits.
+    """
+    tile = tiles[0]
+    needed = 5 * SHORTLIST
+    left_out = []
     plan = {}
     for label, kind in LABELS.items():
         fitting = [task for task in tasks if (task == "dense") == (kind == "patches")]
-        if label in tile and fitting:
+        if label not in tile:
+            continue
+        if "adaptive" in fitting and len(tiles) < needed:
+            fitting.remove("adaptive")
+            left_out = [f"adaptive, which needs {needed} tiles to learn from"]
+        if fitting:
             plan[label] = fitting
-    return plan
+    if not plan:
+        why = "the tiles have masks, no classes"
+        if left_out:
+            why = f"adaptive needs {needed} tiles to learn from, there are {len(tiles)}"
+        elif "dense" in tasks:
+            why = "the tiles have classes, no masks"
+        raise InputError(f"--tasks: {why}; choose other tasks")
+    return plan, left_out
 
 
 def extract(models: dict, tiles: Dataset, plan: dict, title: str) -> dict:
     """One pass over the tiles for all models -> features and labels of the readable ones.
 
-    Features (n, D) or (n, N, D) are keyed (model, kind), labels (n,) or (n, S, S) by their name.
+    Features (n, D) or (n, N, D) are keyed (model, kind), labels (n,) or (n, S, S) by their name;
+    "group": (n,), each tile its own where labels.csv names none.
     """
     kinds = {LABELS[label] for label in plan}
     parts = defaultdict(list)
@@ -659,85 +1093,170 @@ def extract(models: dict, tiles: Dataset, plan: dict, title: str) -> dict:
         for name, (model, _) in models.items():
             for kind, x in features(model, batch["image"], kinds).items():
                 parts[name, kind].append(x)
-        for label in plan:
+        for label in batch.keys() & {*plan, "group"}:
             parts[label].append(batch[label])
     extracted = {}
     for key in parts:
         extracted[key] = torch.cat(parts[key])
+    tiles_read = len(extracted[next(iter(plan))])
+    extracted.setdefault("group", torch.arange(tiles_read))
     return extracted
 
 
-def score(name: str, dim: int, plan: dict, train: dict, test: dict) -> dict:
-    """The tasks of `plan` on one model, cut to `dim` -> {label: {task: {metric: value}}}."""
-    scores = {}
+def score(name: str, dim: int, plan: dict, train: dict, test: dict) -> dict[Figure, Tally]:
+    """The tasks of `plan` on one model, cut to `dim`, or on chance."""
+    tallies = {}
     for label, tasks in plan.items():
         key = (name, LABELS[label])
-        whole = {"train": train[key], "test": test[key]}
-        cut = truncate(whole, dim)
-        scores[label] = {}
         for task in tasks:
-            if task == "adaptive":  # takes features whole, and cuts them itself
-                metrics = adaptive_retrieval(
-                    whole["train"], train[label], whole["test"], test[label], dim
-                )
+            if name == CHANCE:
+                found = tally_chance(task, train[label], test[label])
+            elif task == "adaptive":  # takes features whole, and cuts them itself
+                found = tally_adaptive(train[key], train[label], test[key], test[label], dim)
             else:
-                metrics = TASKS[task](cut["train"], train[label], cut["test"], test[label])
-            scores[label][task] = metrics
-    return scores
+                cut = truncate({"train": train[key], "test": test[key]}, dim)
+                found = TASKS[task](cut["train"], train[label], cut["test"], test[label])
+            for metric, tally in found.items():
+                tallies[Figure(name, dim, label, task, metric)] = tally
+    return tallies
 
 
-def make_row(name: str, model: nn.Module, dim: int, scores: dict, train: dict, test: dict) -> dict:
-    """One row of the table and of results.json."""
-    label = next(iter(scores))
-    return {
-        "model": name,
-        "parameters": round(1e6 * millions(model)),
-        "dim": dim,
-        "n": {"train": len(train[label]), "test": len(test[label])},
-        "scores": scores,
-    }
+def drop_meaningless(tallies: dict[Figure, Tally], train: dict) -> list[str]:
+    """Take out, in place, what says nothing -> in words."""
+    words = {}
+    for figure in list(tallies):
+        label = figure.label
+        if figure.metric in ("Acc@3", "Acc@5") and len(train[label].unique()) < 3:
+            del tallies[figure]
+            words[label] = f"Acc@3 and Acc@5 of {label}: of two classes any tile hits one"
+    return list(words.values())
+
+
+def tell_scale(tiles: CentreTiles, models: dict) -> list[str]:
+    """Where students see tiles at another scale than in training, which crops at the tiles' own."""
+    names = []
+    for name, (model, _) in models.items():
+        if isinstance(model, Student):
+            names.append(name)
+    sides = []
+    for file in tiles.files[:9]:
+        try:
+            sides.append(min(open_tile(tiles.root / file).size))
+        except UnreadableTile:
+            continue  # named when all are read
+    side = int(np.median(sides or tiles.size))
+    if side == tiles.size or not names:
+        return []
+    how = f"{side / tiles.size:.3g} times coarser"
+    if side < tiles.size:
+        how = f"{tiles.size / side:.3g} times finer"
+    seers = ", ".join(names)
+    return [f"tiles of {side} px are seen at {tiles.size} px, {how} than in training ({seers})"]
+
+
+def count_tiles(train: dict, test: dict) -> dict[str, int]:
+    """How many there are of each split; of groups to test on, where labels.csv has them."""
+    n = {"train": len(train["group"]), "test": len(test["group"])}
+    groups = len(test["group"].unique())
+    if groups < n["test"]:
+        n["groups"] = groups
+    return n
+
+
+def make_rows(
+    models: dict, tallies: dict[Figure, Tally], draws: dict[Figure, Tensor], n: dict[str, int]
+) -> list[dict]:
+    """The rows of the table and of results.json; the baselines come last."""
+    rows = {}
+    for name, (model, dims) in models.items():
+        for dim in dims:
+            rows[name, dim] = {"model": name, "parameters": round(1e6 * millions(model))}
+    for name, dim in BASELINES.items():
+        rows[name, dim] = {"model": name, "parameters": 0}
+    for (_, dim), row in rows.items():
+        row |= {"dim": dim, "n": n, "scores": {}, "intervals": {}}
+    for figure, value in numbers(tallies).items():
+        row = rows[figure.model, figure.dim]
+        scores = row["scores"].setdefault(figure.label, {}).setdefault(figure.task, {})
+        scores[figure.metric] = value
+        intervals = row["intervals"].setdefault(figure.label, {}).setdefault(figure.task, {})
+        if figure.metric != "work":  # which is no mean over tiles
+            intervals[figure.metric] = interval(draws[figure])
+    return list(rows.values())
 
 
 # ---- what is printed and what is saved -----------------------------------------------------------
 
 
 def print_result(result: dict) -> None:
-    """A table a label, in per cent, a line for each model and dim; then the protocols."""
-    for label in result["rows"][0]["scores"]:
-        print_table(result["rows"], label)
+    """For each label a table and differences, in per cent; then how they were found."""
+    rows = result["rows"]
+    for label in rows[0]["scores"]:
+        print_table(rows, label)
+        print()
+        for difference in result["differences"]:
+            if difference["label"] == label:
+                print(difference["text"])
+    print()
+    sizes = {}
+    for row in rows:
+        sizes[row["model"]] = f"{row['model']} {row['parameters'] / 1e6:.3f} M"
+    for name in BASELINES:
+        del sizes[name]
+    print(f"parameters: {', '.join(sizes.values())}")
+    for doubt in result["doubts"]:
+        print(f"warning: {doubt}")
     for task, protocol in result["protocol"].items():
         print(f"{task}: {protocol}")
+    for words in result["left_out"]:
+        print(f"left out: {words}")
     print(f"seed {result['seed']}; tiles: {result['tiles']}")
 
 
 def print_table(rows: list[dict], label: str) -> None:
-    """The table of one label."""
+    """The table of one label: a line for each model and dim, "-" where a row has no such figure."""
     first = rows[0]
-    width = 34
+    width = 16
     for row in rows:
         width = max(width, len(row["model"]))
     n = first["n"]
     title = f"{label}, %, {n['train']} tiles to learn from, {n['test']} to test"
-    tasks = f"{title:{width + 20}}"
-    metrics = f"{'model':{width + 2}}parameters     dim"
-    for task, values in first["scores"][label].items():
-        tasks += f"{task:>10}".ljust(10 * len(values))
-        for metric in values:
-            metrics += f"{metric.removesuffix('_accuracy'):>10}"
-    print(f"\n{tasks}\n{metrics}")
+    if "groups" in n:
+        title += f" in {n['groups']} groups"
+    tasks = " " * (width + 6)
+    metrics = f"{'model':{width}}{'dim':>6}"
+    lines = []
     for row in rows:
-        line = f"{row['model']:{width + 2}}{row['parameters'] / 1e6:>8.3f} M{row['dim']:>8}"
-        for values in row["scores"][label].values():
-            for value in values.values():
-                line += f"{100 * value:>10.1f}"
-        print(line)
-    print()
+        dim = "-" if row["model"] in BASELINES else row["dim"]
+        lines.append(f"{row['model']:{width}}{dim:>6}")
+    for task, values in first["scores"][label].items():
+        tasks = f"{tasks:{len(metrics)}} {task}"
+        for metric in values:
+            metrics += HEADINGS.get(metric, f"{metric:>6}")
+            for k, row in enumerate(rows):
+                lines[k] += cell(row, label, task, metric)
+    for line in ("", title, tasks, metrics, *lines):
+        print(line.rstrip())
+
+
+def cell(row: dict, label: str, task: str, metric: str) -> str:
+    """A figure in per cent; a chief one with its interval."""
+    value = row["scores"][label][task].get(metric)
+    if value is None:
+        return f"{'-':>6}"
+    text = f"{100 * value:>6.1f}"
+    if metric in CHIEF:
+        low, high = row["intervals"][label][task][metric]
+        bounds = f"({100 * low:.1f}-{100 * high:.1f})"
+        text += f" {bounds:12}"
+    return text
 
 
 def save_result(result: dict, title: str, folder: str | Path) -> None:
-    """Put a result under its title into folder/results.json; those of other titles stay.
+    """Put a result under its title into folder/results.json; those of other tiles stay.
 
-    InputError: it cannot be read or written; names --out.
+    result["data"], where it is there, says which tiles: another result of the same title keeps it,
+    and this one gets a number. InputError: it cannot be read or written; names --out.
     """
     file = Path(folder) / "results.json"
     results = {}
@@ -748,12 +1267,27 @@ def save_result(result: dict, title: str, folder: str | Path) -> None:
             raise InputError(
                 f"{file} cannot be read ({error}); move it, or give another folder with --out"
             ) from None
+    title = free_title(results, title, result.get("data"))
+    replaced = ", instead of its earlier rows" if title in results else ""
     results[title] = result
     try:
         save_atomically(json.dumps(results, indent=1).encode(), file)
     except InputError as error:
         raise InputError(f"{error} with --out") from None
-    print(f"{title}: {file}")
+    print(f"{title}: {file}{replaced}")
+
+
+def free_title(results: dict, title: str, data: str | None) -> str:
+    """The title under which results of the same tiles stand, or one that is not of other tiles."""
+    for known, other in results.items():
+        if data and isinstance(other, dict) and other.get("data") == data:
+            return known
+    number = 1
+    name = title
+    while name in results and results[name].get("data", data) != data:
+        number += 1
+        name = f"{title} ({number})"
+    return name
 
 
 def write_embeddings(
@@ -807,7 +1341,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--dim", type=positive, help="with --embed: channels to keep (default: all)")
     add("--half", action="store_true", help="with --embed: fp16 instead of fp32")
     add("--out", type=path, help="folder of results.json (default: RUN); with --embed: an .npz")
-    add("--seed", type=natural, default=0, help="of the drawn tissue (default: 0)")
+    add("--seed", type=natural, default=0, help="of drawn tissue and resamples (default: 0)")
     add("--device", type=path, help="cuda, mps or cpu (default: the best at hand)")
     add("--weights-dir", type=path, default="weights", help="of teachers (default: weights)")
     args = parser.parse_args(argv)
@@ -824,6 +1358,11 @@ def check_args(args: Namespace) -> None:
             raise InputError("--embed: give one RUN, and the file to write with --out X.npz")
         if Path(args.out).exists():
             raise InputError(f"--out: {args.out} exists; choose another name, or remove it")
+        flags = (args.data, args.tasks, args.dims, args.teachers)
+        if flags != (None, None, None, None) or args.seed:
+            raise InputError(
+                "--embed: --data, --tasks, --dims, --teachers, --seed have no part in it"
+            )
     elif args.dim or args.half:
         raise InputError(
             "--dim, --half: they need --embed DIR; python -m extras.export cuts students"

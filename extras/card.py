@@ -3,6 +3,7 @@
 What is not known stands there as such; figures are those of results.json. No program of its own.
 """
 
+from evaluate import BASELINES
 from teachers import TEACHERS
 
 TAGS = ["timm", "image-feature-extraction", "pathology", "histology", "distillation", "matryoshka"]
@@ -196,15 +197,27 @@ def score_table(config: dict, title: str, label: str, result: dict) -> str:
     lines = [f"{cell(title)}; {n['train']} tiles to learn from, {n['test']} to test; per cent", ""]
     lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in result["rows"]:
-        if row["dim"] > dim and not row["model"].startswith("teacher "):
+        is_student = row["model"] not in BASELINES and not row["model"].startswith("teacher ")
+        if is_student and row["dim"] > dim:
             continue
-        values = [cell(row["model"]), str(row["dim"])]
+        values = [cell(row["model"]), "-" if row["model"] in BASELINES else str(row["dim"])]
         for task in tasks:
-            values.append(f"{100 * next(iter(row['scores'][label][task].values())):.1f}")
+            values.append(first_figure(row, label, task))
         lines.append(f"| {' | '.join(values)} |")
-    for task in tasks:
-        lines += ["", f"{task}: {result['protocol'][task]}."]
+    for key in (*tasks, *BASELINES, "intervals"):
+        if key in result["protocol"]:
+            lines += ["", f"{key}: {result['protocol'][key]}."]
     return "\n".join(lines)
+
+
+def first_figure(row: dict, label: str, task: str) -> str:
+    """The first metric of a task in per cent, and its interval where results.json has one."""
+    metric, value = next(iter(row["scores"][label][task].items()))
+    text = f"{100 * value:.1f}"
+    bounds = row.get("intervals", {}).get(label, {}).get(task, {}).get(metric)
+    if bounds:
+        text += f" ({100 * bounds[0]:.1f}-{100 * bounds[1]:.1f})"
+    return text
 
 
 def cell(text: str) -> str:

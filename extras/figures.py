@@ -6,14 +6,17 @@
 
 What is drawn, into RUN/figures/ or the folder --out:
     curves.png                  loss and cosines to the teachers while training, from log.jsonl
-    accuracy-DATA.png           each task of results.json against the channels that are kept
+    accuracy-DATA.png           each task of results.json against the channels that are kept, with
+                                its 95 % interval as a band, from chance to 100
     patches-DATA.png            patch tokens: three principal components as red, green, blue
     retrieval-DATA-LABEL.png    queries and their five nearest tiles, at three dims
-What a run has not (no log, no results yet) is left out, and said. Pictures of these names are
-replaced, nothing else. Tiles without labels give patch maps alone.
+DATA is the name of the folder and six digits that no other folder shares. What a run has not (no
+log, no results yet, no intervals in results of before) is left out, and said. Pictures of these
+names are replaced, nothing else. Tiles without labels give patch maps alone.
 """
 
 import functools
+import hashlib
 import json
 import re
 from collections import defaultdict
@@ -36,6 +39,10 @@ NEAREST = 5
 MAPS = 4  # tiles whose patches are drawn
 SAME = "#0072B2"  # blue and orange, which colour-blind readers tell apart
 OTHER = "#D55E00"
+LEVEL = {  # models that are drawn as level lines of their own kind
+    "chance": {"color": "black", "linestyle": ":"},
+    "colour histogram": {"color": "grey", "linestyle": "-."},
+}
 STYLE = {"text.parse_math": False}  # a dollar in a name is a dollar
 NAMES = {"cells": list(data.CELLS), "tissue": list(data.TISSUES)}  # of the labels of drawn tissue
 
@@ -107,8 +114,14 @@ def choose_fonts(figure) -> None:
 
 
 def file_name(title: str) -> str:
-    """A short name for files from a title, that is a path perhaps."""
-    return re.sub(r"\W+", "-", title).strip("-")[-60:] or "data"
+    """A short name for files from a title, mostly a path: its last part, and six digits by which
+    two titles never share one. Drawn tissue needs none.
+    """
+    name = re.sub(r"\W+", "-", Path(title).name).strip("-")[-40:] or "data"
+    if title == evaluate.DRAWN:
+        return name
+    digits = hashlib.sha256(title.encode(errors="surrogatepass")).hexdigest()[:6]
+    return f"{name}-{digits}"
 
 
 def save_figure(figure, file: Path) -> None:
@@ -181,8 +194,11 @@ def collect_cosines(lines: list[dict]) -> dict[str, list[Curve]]:
     return panels
 
 
-def draw_curves(lines: list[dict], file: Path) -> None:
-    """A panel for the loss, and one for each kind of cosine: a colour a teacher, full dim solid."""
+def draw_curves(run: str, lines: list[dict], file: Path) -> None:
+    """A panel for the loss, and one for each kind of cosine: a colour a teacher, full dim solid.
+
+    run: its name, for the title.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -192,7 +208,7 @@ def draw_curves(lines: list[dict], file: Path) -> None:
     rows = figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     plot_points(rows[0], losses, color="black")
-    rows[0].set_title("loss")
+    rows[0].set_title(readable(f"loss of {run}"))
     for axes, (name, curves) in zip(rows[1:], panels.items(), strict=True):
         largest = max(curve.dim for curve in curves)
         teachers = list(dict.fromkeys(curve.teacher for curve in curves))
@@ -236,18 +252,37 @@ def read_results(file: Path) -> dict[str, dict]:
     return results
 
 
-def collect_scores(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
-    """The first metric of each task, in per cent: {(label, "task metric"): {model: {dim:
-    value}}}.
-    """
+class Score(NamedTuple):
+    """A figure of results.json, in per cent."""
+
+    value: float
+    low: float | None  # ends of its 95 % interval, where there is one
+    high: float | None
+
+
+def collect_scores(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict[int, Score]]]:
+    """The first metric of each task: {(label, "task, metric"): {model: {dim: score}}}."""
     panels = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         for label, tasks in row["scores"].items():
             for task, metrics in tasks.items():
-                metric = next(iter(metrics))
+                metric = next(iter(metrics), None)
+                if metric is None:
+                    continue
                 panel = (label, f"{task}, {metric.replace('_', ' ')}")
-                panels[panel][row["model"]][row["dim"]] = 100 * metrics[metric]
+                score = read_score(row, label, task, metric)
+                panels[panel][row["model"]][row["dim"]] = score
     return panels
+
+
+def read_score(row: dict, label: str, task: str, metric: str) -> Score:
+    """A metric of a row, with its interval where the row has one."""
+    value = 100 * row["scores"][label][task][metric]
+    intervals = row.get("intervals", {}).get(label, {}).get(task, {})
+    low, high = intervals.get(metric) or (None, None)
+    if low is None or high is None:
+        return Score(value, None, None)
+    return Score(value, 100 * low, 100 * high)
 
 
 def draw_scores(title: str, rows: list[dict], file: Path) -> None:
@@ -263,28 +298,28 @@ def draw_scores(title: str, rows: list[dict], file: Path) -> None:
         columns = max(columns, sum(panel[0] == label for panel in panels))
     models = list(dict.fromkeys(row["model"] for row in rows))
     several = {row["dim"] for row in rows if len(dims_of(rows, row["model"])) > 1}
-    ticks = sorted(several or {row["dim"] for row in rows})
+    ticks = sorted(several or {row["dim"] for row in rows if row["model"] not in LEVEL})
     width = max(6, 3.4 * columns)
     height = 2.9 * len(labels) + 0.2 * len(models) + 0.6
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(len(labels), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
+    styles = model_styles(models)
+    handles = {}
     for row, label in enumerate(labels):
         tasks = [panel for panel in panels if panel[0] == label]
         for axes, panel in zip(grid[row], tasks, strict=False):
             axes.set_axis_on()
             axes.set_title(readable(f"{label}: {panel[1]}"), fontsize="medium")
-            for number, model in enumerate(models):
-                draw_model(axes, panels[panel].get(model, {}), ticks, f"C{number % 10}")
+            for model, points in panels[panel].items():
+                handles[model] = draw_model(axes, points, ticks, styles[model])
             set_channels(axes, ticks)
+            set_per_cent(axes, panels[panel])
         grid[row][0].set_ylabel("%")
-    lines = grid[0][0].get_lines()
-    names = []
-    for model in models:
-        dims = dims_of(rows, model)
-        only = f" ({dims[0]} channels)" if len(dims) == 1 else ""
-        names.append(readable(model + only))
+    drawn = [model for model in models if model in handles]
+    lines = [handles[model] for model in drawn]
+    names = [legend_name(rows, model) for model in drawn]
     figure.legend(lines, names, loc="outside lower left", fontsize="small")
     title = readable(title)
     fits = int(9 * width)  # characters
@@ -300,14 +335,53 @@ def dims_of(rows: list[dict], model: str) -> list[int]:
     return [row["dim"] for row in rows if row["model"] == model]
 
 
-def draw_model(axes, points: dict[int, float], ticks: list[int], colour: str) -> None:
-    """The line of one model in one panel."""
+def legend_name(rows: list[dict], model: str) -> str:
+    """A model, and its channels where it has one number of them."""
+    dims = dims_of(rows, model)
+    if len(dims) > 1 or dims == [0]:  # chance has none
+        return readable(model)
+    return readable(f"{model} ({dims[0]} channels)")
+
+
+def model_styles(models: list[str]) -> dict[str, dict]:
+    """A colour each; chance and the colour histogram have lines of their own."""
+    styles = {}
+    for model in models:
+        number = len(styles.keys() - LEVEL.keys())
+        styles[model] = LEVEL.get(model) or {"color": f"C{number % 10}"}
+    return styles
+
+
+def draw_model(axes, points: dict[int, Score], ticks: list[int], style: dict):
+    """The line of one model in one panel, and its interval as a band. Returns the line."""
     dims = sorted(points)
-    values = [points[dim] for dim in dims]
-    if len(dims) == 1 and dims[0] not in ticks or len(dims) == 1 and len(ticks) > 1:
-        axes.plot([ticks[0], ticks[-1]], values * 2, "--", color=colour)
-    else:
-        axes.plot(dims, values, "o-", markersize=4, color=colour)
+    scores = [points[dim] for dim in dims]
+    lows = [score.low for score in scores]
+    highs = [score.high for score in scores]
+    band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+    if len(dims) == 1 and (len(ticks) > 1 or dims[0] not in ticks):
+        line = axes.axhline(scores[0].value, **{"linestyle": "--", **style})
+        if lows[0] is not None:
+            axes.axhspan(lows[0], highs[0], **band)
+        return line
+    [line] = axes.plot(dims, [score.value for score in scores], "o-", markersize=4, **style)
+    if None not in lows:
+        if len(dims) == 1:
+            axes.vlines(dims, lows, highs, color=style["color"])
+        else:
+            axes.fill_between(dims, lows, highs, **band)
+    return line
+
+
+def set_per_cent(axes, models: dict[str, dict[int, Score]]) -> None:
+    """From chance, or what lies below it, to 100; from 0 where chance means nothing."""
+    lowest = 0.0
+    if "chance" in models:
+        lowest = 100.0
+        for points in models.values():
+            for score in points.values():
+                lowest = min(lowest, score.value if score.low is None else score.low)
+    axes.set_ylim(lowest - 0.02 * (100 - lowest), 101)
 
 
 def set_channels(axes, ticks: list[int]) -> None:
@@ -391,6 +465,24 @@ def readable_tiles(tiles: Dataset, wanted: int) -> list[dict]:
     return found
 
 
+def choose_tiles(tiles: Dataset, label: str | None, wanted: int) -> list[dict]:
+    """Tiles of as many different classes as there are; without a label, simply the first."""
+    if label is None:
+        return readable_tiles(tiles, wanted)
+    candidates = readable_tiles(tiles, 32 * wanted)
+    firsts = []
+    others = []
+    seen = set()
+    for tile in candidates:
+        number = int(tile[label])
+        if number in seen:
+            others.append(tile)
+        else:
+            firsts.append(tile)
+        seen.add(number)
+    return (firsts + others)[:wanted]
+
+
 # ---- patch maps ----------------------------------------------------------------------------------
 
 
@@ -410,25 +502,33 @@ def colours_of(tokens: Tensor) -> Tensor:
     return torch.where(flat, 0.5, scaled).clamp(0, 1)
 
 
-def draw_patches(student: Student, dims: list[int], tiles: Dataset, file: Path) -> None:
-    """A row a tile: the tile, and its patch tokens at each dim."""
+def draw_patches(
+    student: Student, model: str, dims: list[int], tiles: Dataset, names: dict, file: Path
+) -> None:
+    """A row a tile: the tile under its classes, and its patch tokens at each dim.
+
+    model: its name, for the title; names: {label: [name of class 0, ...]}.
+    """
     from matplotlib.figure import Figure
 
-    images = torch.stack([tile["image"] for tile in readable_tiles(tiles, MAPS)])
+    chosen = choose_tiles(tiles, next(iter(names), None), MAPS)
+    images = torch.stack([tile["image"] for tile in chosen])
     tokens = {"patches": evaluate.embed(student, images, kind="patches")}  # (B, N, D)
     columns = len(dims) + 1
-    figure = Figure(figsize=(2.3 * columns, 2.3 * len(images) + 0.6), layout="constrained")
+    figure = Figure(figsize=(2.3 * columns, 2.5 * len(images) + 0.8), layout="constrained")
     grid = figure.subplots(len(images), columns, squeeze=False)
-    for row, image in zip(grid, images, strict=True):
-        show(row[0], image)
-    grid[0][0].set_title("tile")
+    for row, tile in zip(grid, chosen, strict=True):
+        show(row[0], tile["image"])
+        classes = ", ".join(names[label][int(tile[label])] for label in names)
+        row[0].set_title(readable(classes or "tile")[:30], fontsize="medium")
     for column, dim in enumerate(dims, 1):
         colours = colours_of(truncate(tokens, dim)["patches"])
         maps = colours.unflatten(1, (student.grid, student.grid))  # (B, grid, grid, 3)
         for row, picture in zip(grid, maps, strict=True):
             row[column].imshow(picture.numpy(), interpolation="nearest")
             row[column].set_axis_off()
-        grid[0][column].set_title(f"{dim} channels")
+            row[column].set_title(f"{dim} channels", fontsize="medium")
+    figure.suptitle(readable(model), x=0.01, ha="left", fontsize="medium")
     figure.supxlabel("patch tokens: three principal components as red, green, blue", fontsize=9)
     save_figure(figure, file)
 
@@ -441,22 +541,6 @@ def show(axes, image: Tensor) -> None:
 
 
 # ---- retrieval sheets ----------------------------------------------------------------------------
-
-
-def choose_queries(tiles: Dataset, label: str) -> list[dict]:
-    """Tiles of as many different classes as there are, up to QUERIES, else simply the first."""
-    candidates = readable_tiles(tiles, 32 * QUERIES)
-    firsts = []
-    others = []
-    seen = set()
-    for tile in candidates:
-        number = int(tile[label])
-        if number in seen:
-            others.append(tile)
-        else:
-            firsts.append(tile)
-        seen.add(number)
-    return (firsts + others)[:QUERIES]
 
 
 class Bank(NamedTuple):
@@ -493,10 +577,17 @@ def search(student: Student, dims: list[int], bank: Bank, queries: list[dict]) -
 
 
 def draw_retrieval(
-    found: dict, bank: Bank, queries: list[dict], label: str, names: list[str], file: Path
+    model: str,
+    found: dict,
+    bank: Bank,
+    queries: list[dict],
+    label: str,
+    names: list[str],
+    file: Path,
 ) -> None:
-    """A block for each query: the query, and a row of its nearest tiles for each dim. `found` is of
-    `search`.
+    """A block for each query: the query, and a row of its nearest tiles for each dim.
+
+    model: its name, for the caption; found: of `search`; names: of the classes of `label`.
     """
     from matplotlib.figure import Figure
 
@@ -518,27 +609,37 @@ def draw_retrieval(
                 place = int(index[number, column])
                 theirs = int(bank.labels[label][place])
                 title = f"{names[theirs]} {similarity[number, column]:.3f}"
-                colour = SAME if theirs == own else OTHER
-                show_framed(row[column + 1], bank.images[place], title, colour)
+                if theirs == own:
+                    show_framed(row[column + 1], bank.images[place], title, SAME)
+                else:
+                    show_framed(row[column + 1], bank.images[place], title, OTHER, "--")
     caption = (
-        f"The {NEAREST} nearest of {len(bank.images)} tiles by the cosine, written above, of "
-        f"the first channels.\nBlue frame: the same {label} as the query; orange: another."
+        f"{readable(model)}: the {NEAREST} nearest of {len(bank.images)} tiles by the cosine of "
+        f"the first channels, written above.\nBlue frame: right, of the query's {label}; orange "
+        "and broken: wrong, of another."
     )
     figure.text(0.01, 0.15 / height, caption, fontsize=9)
     save_figure(figure, file)
 
 
-def show_framed(axes, image: Tensor, title: str, colour: str) -> None:
-    """A tile in a coloured frame, with a line above it."""
+def show_framed(axes, image: Tensor, title: str, colour: str, line: str = "-") -> None:
+    """A tile in a coloured frame, with a line of text above it."""
     axes.set_axis_on()
     show(axes, image)
     axes.set_title(readable(title)[:24], fontsize=7, pad=3)
     for spine in axes.spines.values():
         spine.set_color(colour)
+        spine.set_linestyle(line)
         spine.set_linewidth(3)
 
 
 # ---- the command line ----------------------------------------------------------------------------
+
+
+def name_of(run: Path) -> str:
+    """A run's name: that of its folder, also where RUN is "." or a student.pt."""
+    folder = run if run.is_dir() else run.parent
+    return folder.resolve().name
 
 
 def draw_history(folder: Path, out: Path) -> None:
@@ -547,7 +648,7 @@ def draw_history(folder: Path, out: Path) -> None:
     if (folder / "log.jsonl").exists():
         lines = read_log(folder / "log.jsonl")
     if lines:
-        draw_curves(lines, out / "curves.png")
+        draw_curves(name_of(folder), lines, out / "curves.png")
     else:
         print(f"no curves: {folder} has no log.jsonl with a step")
     results = {}
@@ -555,13 +656,10 @@ def draw_history(folder: Path, out: Path) -> None:
         results = read_results(folder / "results.json")
     if not results:
         print(f"no scores: {folder} has no results.json; python evaluate.py {folder} makes one")
-    used = set()
     for title, result in results.items():
-        name = file_name(title)
-        while name in used:  # two titles that differ in signs alone
-            name += "-2"
-        used.add(name)
-        draw_scores(title, result["rows"], out / f"accuracy-{name}.png")
+        if "differences" not in result:  # as evaluate.py wrote them before it had intervals
+            print(f"no intervals, chance and colour histogram for {title}: run evaluate.py again")
+        draw_scores(title, result["rows"], out / f"accuracy-{file_name(title)}.png")
 
 
 def draw_tiles(run: str, root: str | None, seed: int, device: str | None, out: Path) -> None:
@@ -571,16 +669,17 @@ def draw_tiles(run: str, root: str | None, seed: int, device: str | None, out: P
     dims = three_dims(config["nested_dims"])
     tiles, query_tiles, names = open_tiles(root, seed, student.img_size)
     name = file_name(root or evaluate.DRAWN)
-    draw_patches(student, dims, query_tiles, out / f"patches-{name}.png")
+    model = f"{name_of(Path(run))}, {config['student']} after {config['step']} steps"
+    draw_patches(student, model, dims, query_tiles, names, out / f"patches-{name}.png")
     if not names:
         print(f"no retrieval sheets: {root} has no classes")
         return
     bank = embed_bank(student, tiles, list(names))
     for label in names:
-        queries = choose_queries(query_tiles, label)
+        queries = choose_tiles(query_tiles, label, QUERIES)
         found = search(student, dims, bank, queries)
         file = out / f"retrieval-{name}-{label}.png"
-        draw_retrieval(found, bank, queries, label, names[label], file)
+        draw_retrieval(model, found, bank, queries, label, names[label], file)
 
 
 def main() -> None:

@@ -160,12 +160,13 @@ def pair(*argv, patches=(nothing, nothing)):
 def python(folder, *words, patch=nothing):
     """`python WORDS` typed in a folder: a program of ours, -c and code, or a file of code.
 
-    patch: changes our modules first. Evaluation on drawn tissue takes 64 tiles.
+    patch: changes our modules first. Evaluation on drawn tissue takes 64 tiles, a shortlist 10.
     """
 
     def prepare():
         os.chdir(folder)
         evaluate.N_TILES = 64
+        evaluate.SHORTLIST = 10
         patch()
 
     def program():

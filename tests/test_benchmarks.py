@@ -18,6 +18,7 @@ import evaluate
 import train
 from data import InputError, save_atomically
 from extras.benchmarks import (
+    coverage,
     cpu,
     eva,
     evaluation,
@@ -340,6 +341,42 @@ def test_evaluation(run, monkeypatch):
     assert not code and "0.00 GB of features" in out
     accuracy = float(out.split(" accuracy ")[1])
     assert 0.3 < accuracy < 1  # neither chance nor trivial
+
+
+def test_a_whole_evaluation_is_timed(run, monkeypatch):
+    places = []
+
+    def start(command, env, **_):
+        places.append(env["PYTHONPATH"])
+        assert run(evaluation, *command[2:])[0] is None
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(evaluation.subprocess, "run", start)
+    monkeypatch.setattr(evaluate, "N_TILES", 64)
+    for name in ("resample", "make_rows", "compare"):
+        monkeypatch.setattr(evaluate, name, getattr(evaluate, name))  # put back at the end
+    run(evaluation, "table", "--tiny", "--before", "elsewhere", "--rounds", 2)
+    assert places == ["elsewhere", str(timing.ROOT)] * 2
+    code, out = run(evaluation, "table", "--tiny", "--alone")
+    assert not code and "s of CPU, resamples" in out
+
+
+def test_coverage(run, monkeypatch):
+    monkeypatch.setattr(coverage, "SETTINGS", coverage.SETTINGS[1::3])
+    code, out = run(coverage, "--tiny")
+    assert not code and "40 + 10" in out and "in groups of 10" in out
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch):
+    """Few simulations: 95 % of 80 are 76, give or take 2."""
+    monkeypatch.setattr(coverage, "RECALLS", (0.6, 0.95))
+    found = coverage.simulate(coverage.Setting((160, 40)), 80, 0)
+    for recall in (0.6, 0.95):
+        assert found[recall]["held"] >= 88 and found[recall]["equal"] >= 88, found
+        assert found[recall]["held"] >= found[recall]["plain"]
+    assert found[0.95]["width"] < found[0.6]["width"]
+    apart = coverage.simulate(coverage.Setting((320, 80), group=10), 40, 0)
+    assert apart[0.6]["unaware"] < 80 < apart[0.6]["held"]
 
 
 def test_magnification(run, tmp_path):

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import re
+import struct
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,11 @@ import evaluate
 from evaluate import CentreTiles, labelled_files, load_student
 from student import STUDENTS, InputError, Student
 from teachers import load_teacher
+
+
+def model_rows(result):
+    """The rows without chance and colour histogram."""
+    return [row for row in result["rows"] if row["model"] not in evaluate.BASELINES]
 
 
 # ---- nearest neighbours: one query, one neighbour at a time --------------------------------------
@@ -482,42 +489,66 @@ def test_linear_probe_with_constant_and_repeated_channels():
 
 
 # ---- dense probe ---------------------------------------------------------------------------------
+def as_masks(confusion):
+    """A true and a predicted mask (1, 1, pixels) of these counts: a row a true class."""
+    truth = []
+    predicted = []
+    for t, row in enumerate(confusion):
+        for p, count in enumerate(row):
+            truth += [t] * count
+            predicted += [p] * count
+    return torch.tensor(predicted)[None, None], torch.tensor(truth)[None, None]
+
+
+def overlap(confusion):
+    return evaluate.numbers(evaluate.tally_overlap(*as_masks(confusion)))
+
+
 def test_overlap_of_hand_computed_confusions():
-    assert evaluate.overlap(torch.tensor([[3, 1], [2, 4]])) == pytest.approx(
-        {"mIoU": (3 / 6 + 4 / 7) / 2, "Dice": (6 / 9 + 8 / 11) / 2}
-    )
-    absent = torch.tensor(
-        [[3, 0, 1], [0, 0, 0], [2, 0, 4]]
-    )  # class 1 in neither: it does not count
-    assert evaluate.overlap(absent) == evaluate.overlap(torch.tensor([[3, 1], [2, 4]]))
-    surplus = torch.tensor(
-        [[3, 0, 1], [0, 2, 0], [0, 0, 0]]
-    )  # class 2 is predicted, but nowhere true: it counts 0
-    assert evaluate.overlap(surplus) == pytest.approx(
-        {"mIoU": (3 / 4 + 1 + 0) / 3, "Dice": (6 / 7 + 1 + 0) / 3}
-    )
-    missed = torch.tensor([[3, 0, 0], [0, 2, 0], [1, 0, 0]])  # class 2 is true, but never predicted
-    assert evaluate.overlap(missed) == pytest.approx(
-        {"mIoU": (3 / 4 + 1 + 0) / 3, "Dice": (6 / 7 + 1 + 0) / 3}
-    )
-    assert evaluate.overlap(torch.diag(torch.tensor([5, 0, 10**9]))) == {"mIoU": 1.0, "Dice": 1.0}
-    assert evaluate.overlap(torch.tensor([[0, 4], [6, 0]])) == {"mIoU": 0.0, "Dice": 0.0}
+    two = overlap([[3, 1], [2, 4]])
+    assert two == pytest.approx({"mIoU": (3 / 6 + 4 / 7) / 2, "Dice": (6 / 9 + 8 / 11) / 2})
+    absent = [[3, 0, 1], [0, 0, 0], [2, 0, 4]]  # class 1 in neither: it does not count
+    assert overlap(absent) == two
+    expected = pytest.approx({"mIoU": (3 / 4 + 1 + 0) / 3, "Dice": (6 / 7 + 1 + 0) / 3})
+    surplus = [
+        [3, 0, 1],
+        [0, 2, 0],
+        [0, 0, 0],
+    ]  # class 2 is predicted, but nowhere true: it counts 0
+    assert overlap(surplus) == expected
+    missed = [[3, 0, 0], [0, 2, 0], [1, 0, 0]]  # class 2 is true, but never predicted
+    assert overlap(missed) == expected
+    assert overlap([[5, 0, 0], [0, 0, 0], [0, 0, 900]]) == {"mIoU": 1.0, "Dice": 1.0}
+    assert overlap([[0, 4], [6, 0]]) == {"mIoU": 0.0, "Dice": 0.0}
 
 
-def test_overlap_equals_sets_of_pixels():
-    rng = np.random.default_rng(0)
-    truth, predicted = rng.integers(0, 4, 500), rng.integers(0, 5, 500)
-    confusion = torch.zeros(6, 6, dtype=torch.long)
-    for t, p in zip(truth, predicted, strict=False):
-        confusion[t, p] += 1
+def plain_overlap(predicted, truth, void):
+    """By sets of pixels, of all tiles together."""
+    pairs = zip(predicted.flatten().tolist(), truth.flatten().tolist(), strict=True)
+    is_true, is_predicted = {}, {}
+    for pixel, (p, t) in enumerate(pairs):
+        if t != void:
+            is_true.setdefault(t, set()).add(pixel)
+            is_predicted.setdefault(p, set()).add(pixel)
     ious, dices = [], []
-    for label in range(5):
-        a, b = set(np.flatnonzero(truth == label)), set(np.flatnonzero(predicted == label))
+    for label in is_true.keys() | is_predicted.keys():
+        a, b = is_true.get(label, set()), is_predicted.get(label, set())
         ious.append(len(a & b) / len(a | b))
         dices.append(2 * len(a & b) / (len(a) + len(b)))
-    assert evaluate.overlap(confusion) == pytest.approx(
-        {"mIoU": np.mean(ious), "Dice": np.mean(dices)}
-    )
+    return {"mIoU": np.mean(ious), "Dice": np.mean(dices)}
+
+
+@pytest.mark.parametrize("void", [-1, 255])
+def test_overlap_equals_sets_of_pixels(void):
+    """255 is a class as others, or none: then it makes no difference what is predicted there."""
+    rng = np.random.default_rng(0)
+    truth = torch.from_numpy(rng.choice(np.array([0, 1, 3, 255], np.uint8), (5, 4, 4)))
+    predicted = torch.from_numpy(rng.choice(np.array([0, 1, 2, 3], np.uint8), (5, 4, 4)))
+    predicted[truth != 255] = predicted[truth != 255].clamp(max=1)  # 2 and 3 stand there alone
+    found = evaluate.numbers(evaluate.tally_overlap(predicted, truth, void))
+    assert found == pytest.approx(plain_overlap(predicted, truth, void))
+    other = evaluate.numbers(evaluate.tally_overlap(predicted, truth, 254 - void))
+    assert found != pytest.approx(other)
 
 
 def write_quadrants(root, n, size, values=(0, 1), related=True, suffix="png"):
@@ -559,7 +590,7 @@ def test_dense_probe_finds_what_the_patches_hold(tmp_path, size, values):
     write_quadrants(tmp_path / "train", 24, size, values)
     write_quadrants(tmp_path / "test", 10, size, values)
     models = {"student": (bright_patches(), [2, 7, 48])}
-    rows = evaluate.run_tasks(models, str(tmp_path), 0, ["dense"])["rows"]
+    rows = model_rows(evaluate.run_tasks(models, str(tmp_path), 0, ["dense"]))
     assert [row["dim"] for row in rows] == [2, 7, 48]
     for row in rows:
         [(_, scores)] = row["scores"].items()
@@ -569,9 +600,8 @@ def test_dense_probe_finds_what_the_patches_hold(tmp_path, size, values):
 def test_dense_probe_finds_nothing_where_nothing_is(tmp_path):
     write_quadrants(tmp_path / "train", 24, (64, 64), related=False)
     write_quadrants(tmp_path / "test", 10, (64, 64), related=False)
-    [row] = evaluate.run_tasks({"student": (bright_patches(), [48])}, str(tmp_path), 0, ["dense"])[
-        "rows"
-    ]
+    models = {"student": (bright_patches(), [48])}
+    [row] = model_rows(evaluate.run_tasks(models, str(tmp_path), 0, ["dense"]))
     [(_, scores)] = row["scores"].items()
     assert scores["dense"]["mIoU"] < 0.6
 
@@ -624,11 +654,387 @@ def test_dense_probe_equals_scikit_learn_pillow_and_numpy(tmp_path):
         ious.append((a & b).sum() / (a | b).sum())
         dices.append(2 * (a & b).sum() / (a.sum() + b.sum()))
     assert 0.3 < np.mean(ious) < 0.97
-    [row] = evaluate.run_tasks({"student": (student, [dim])}, str(tmp_path), 0, ["dense"])["rows"]
+    [row] = model_rows(evaluate.run_tasks({"student": (student, [dim])}, tmp_path, 0, ["dense"]))
     [(_, scores)] = row["scores"].items()
     assert scores["dense"] == pytest.approx(
         {"mIoU": np.mean(ious), "Dice": np.mean(dices)}, abs=1e-3
     )
+
+
+# ---- every task beside its oracles, at every cut, with and without ties --------------------------
+def copied(x, y, times=4):
+    """Each row several times, as a multiple too: equally near as the others of its block."""
+    factors = 2.0 ** (torch.arange(times) - times)
+    return torch.cat([x * factor for factor in factors]), torch.cat([y, y.roll(1), y, y.roll(2)])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dim", [2, 4, 16, 48])
+def test_knn_linear_and_retrieval_equal_scikit_learn_and_plain_loops(dim, tied):
+    neighbors = oracle("sklearn.neighbors")
+    metrics = oracle("sklearn.metrics")
+    linear_model = oracle("sklearn.linear_model")
+    train_x, train_y, test_x, test_y = clusters(bank=60, queries=40, dim=dim, spread=2.5)
+    if tied:
+        train_x, train_y = copied(train_x, train_y)  # 20 neighbours are five blocks of four
+        test_x[:20] = train_x[:20] / 2
+    problem = (train_x, train_y, test_x, test_y)
+    expected = plain_knn(problem, 20)
+    assert evaluate.knn(*problem) == pytest.approx(expected, abs=1e-12)
+    assert evaluate.retrieval(*problem) == pytest.approx(plain_retrieval(problem), abs=1e-12)
+    near = neighbors.KNeighborsClassifier(
+        20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    )
+    probe = linear_model.LogisticRegression(
+        C=dim * 4 / 100, solver="newton-cg", tol=1e-10, max_iter=10_000
+    )
+    for theirs, ours in ((near, evaluate.knn), (probe, evaluate.linear_probe)):
+        theirs.fit(train_x.double().numpy(), train_y.numpy())
+        predicted = theirs.predict(test_x.double().numpy())
+        assert ours(*problem) == pytest.approx(
+            {
+                "accuracy": metrics.accuracy_score(test_y.numpy(), predicted),
+                "balanced_accuracy": metrics.balanced_accuracy_score(test_y.numpy(), predicted),
+            },
+            abs=1e-12,
+        )
+    assert 0.2 < expected["accuracy"] < 0.999
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dim", [2, 4, 16, 48])
+def test_miou_and_dice_equal_scikit_learn_and_plain_loops(dim, tied):
+    metrics = oracle("sklearn.metrics")
+    linear_model = oracle("sklearn.linear_model")
+    generator = torch.Generator().manual_seed(dim)
+    problem = []
+    for n in (20, 10):
+        cells = torch.randint(3, (n, 4, 4), generator=generator)  # a class each of 4 x 4 patches
+        tokens = torch.eye(3, dim)[cells].flatten(1, 2)
+        if tied:
+            tokens = tokens + 0.5 * torch.randint(-1, 2, tokens.shape, generator=generator)
+        else:
+            tokens = tokens + 0.4 * torch.randn(tokens.shape, generator=generator)
+        masks = cells.repeat_interleave(3, 1).repeat_interleave(3, 2).to(torch.uint8)
+        problem += [tokens, masks]
+    train_x, train_y, test_x, test_y = problem
+    x = train_x.flatten(0, 1).double().numpy()
+    y = train_y[:, 1::3, 1::3].flatten().numpy()
+    theirs = linear_model.LogisticRegression(
+        C=dim * 3 / 100, solver="newton-cg", tol=1e-10, max_iter=10_000
+    ).fit(x, y)
+    assert (len(np.unique(x, axis=0)) < len(x)) == (tied and dim < 16)
+    logits = theirs.decision_function(test_x.flatten(0, 1).double().numpy())
+    logits = torch.from_numpy(logits).view(10, 4, 4, 3).permute(0, 3, 1, 2)
+    logits = torch.nn.functional.interpolate(logits, (12, 12), mode="bilinear")
+    predicted = logits.argmax(1)
+    pair = (test_y.flatten().numpy(), predicted.flatten().numpy())
+    expected = {
+        "mIoU": metrics.jaccard_score(*pair, average="macro"),
+        "Dice": metrics.f1_score(*pair, average="macro"),
+    }
+    found = evaluate.dense_probe(*problem)
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert found == pytest.approx(plain_overlap(predicted, test_y, -1), abs=1e-9)
+    assert 0.2 < found["mIoU"] < 0.99
+
+
+def test_what_is_of_no_class_is_neither_learned_nor_tested():
+    """255 in masks of two classes more; the same where it stands in for other numbers."""
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.randint(2, (30, 4, 4), generator=generator)
+    x = torch.eye(2)[cells].flatten(1, 2) + 0.7 * torch.randn(30, 16, 2, generator=generator)
+    y = cells.repeat_interleave(3, 1).repeat_interleave(3, 2).to(torch.uint8)
+    void = torch.rand(y.shape, generator=generator) < 0.3
+    masked = y.masked_fill(void, 255)
+    found = evaluate.dense_probe(x[:20], masked[:20], x[20:], masked[20:])
+    W, bias, _ = evaluate.fit_linear(
+        x[:20].flatten(0, 1)[~void[:20, 1::3, 1::3].flatten()],
+        y[:20, 1::3, 1::3].flatten()[~void[:20, 1::3, 1::3].flatten()],
+    )
+    logits = (x[20:].double() @ W.T + bias).transpose(1, 2).unflatten(2, (4, 4))
+    predicted = torch.nn.functional.interpolate(logits, (12, 12), mode="bilinear").argmax(1)
+    assert found == pytest.approx(plain_overlap(predicted, masked[20:], 255))
+    other = evaluate.dense_probe(x[:20], y[:20], x[20:], y[20:])
+    assert found != pytest.approx(other) and 0.3 < found["mIoU"] < 0.99
+    white = 255 * y  # black and white alone: 255 is a class
+    assert evaluate.dense_probe(x[:20], white[:20], x[20:], white[20:]) == pytest.approx(other)
+
+
+# ---- how sure a figure is ------------------------------------------------------------------------
+def answers(n=60, classes=3, right=0.7, seed=0):
+    """Labels predicted and true, rightly with a probability; the last class is rare."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randint(classes, (n,), generator=generator)
+    truth[truth == classes - 1] *= (torch.rand(n, generator=generator) < 0.3)[truth == classes - 1]
+    is_right = torch.rand(n, generator=generator) < right
+    return torch.where(is_right, truth, (truth + 1) % classes), truth
+
+
+def plain_resamples(predicted, truth, groups, seed, times):
+    """Balanced accuracy of resamples, one tile at a time."""
+    classes = sorted(set(truth.tolist()))
+    units = sorted(set(groups.tolist()))
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(times):
+        count = len(units) + 4  # the four that are added
+        right = dict.fromkeys(classes, 0.0)
+        whole = dict.fromkeys(classes, 0.0)
+        for unit in torch.randint(count, (count,), generator=generator).tolist():
+            if unit >= len(units):
+                for label in classes:
+                    whole[label] += 1 / len(classes)
+                    right[label] += (unit < len(units) + 2) / len(classes)
+                continue
+            for p, t, group in zip(
+                predicted.tolist(), truth.tolist(), groups.tolist(), strict=True
+            ):
+                if group == units[unit]:
+                    whole[t] += 1
+                    right[t] += p == t
+        recalls = [right[label] / whole[label] for label in classes if whole[label]]
+        found.append(sum(recalls) / len(recalls))
+    return found
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_resamples_equal_a_plain_loop(grouped):
+    predicted, truth = answers()
+    groups = torch.arange(60)
+    if grouped:
+        groups = 7 * torch.randint(12, (60,), generator=torch.Generator().manual_seed(1))
+    tallies = evaluate.tally_answers(predicted, truth)
+    draws = evaluate.resample(tallies, groups, 3)["balanced_accuracy"]
+    assert draws.shape == (1000,)
+    plain = plain_resamples(predicted, truth, groups, 3, 20)
+    assert draws[:20].tolist() == pytest.approx(plain, abs=1e-6)
+    again = evaluate.resample(tallies, groups, 3)["balanced_accuracy"]
+    assert torch.equal(draws, again)
+    assert not torch.equal(draws, evaluate.resample(tallies, groups, 4)["balanced_accuracy"])
+
+
+@pytest.mark.parametrize(("n", "wrong"), [(20, 0), (20, 3), (200, 10), (1000, 400)])
+def test_the_interval_of_an_accuracy_is_that_of_agresti_and_coull(n, wrong):
+    """Their formula: the usual interval of n + 4 tiles, two more of them right and two wrong."""
+    truth = torch.zeros(n, dtype=torch.long)
+    predicted = truth.clone()
+    predicted[:wrong] = 1
+    draws = evaluate.resample(evaluate.tally_answers(predicted, truth), torch.arange(n), 0)
+    low, high = evaluate.interval(draws["accuracy"])
+    p = (n - wrong + 2) / (n + 4)
+    half = 1.96 * math.sqrt(p * (1 - p) / (n + 4))
+    steps = 2 / n + 0.003  # the bootstrap's values are n + 1, and 1000 are drawn
+    assert low == pytest.approx(p - half, abs=steps)
+    assert high == pytest.approx(min(1, p + half), abs=steps)
+    assert low <= 1 - wrong / n <= high
+    if not wrong:
+        assert low < 0.95  # 20 of 20 are no proof
+
+
+def test_intervals_of_groups_are_wider_where_their_tiles_share_their_luck():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.zeros(400, dtype=torch.long)
+    groups = torch.arange(400) // 20
+    predicted = (torch.rand(20, generator=generator) < 0.3).long()[groups]
+    tallies = evaluate.tally_answers(predicted, truth)
+    widths = []
+    for units in (torch.arange(400), groups):
+        low, high = evaluate.interval(evaluate.resample(tallies, units, 0)["accuracy"])
+        widths.append(high - low)
+    assert widths[1] > 3 * widths[0]  # sqrt(20) in the limit
+
+
+def test_intervals_hold_their_figures(run, cli):
+    cli(run)
+    for row in results(run)["synthetic tissue"]["rows"]:
+        for label, tasks in row["scores"].items():
+            for task, metrics in tasks.items():
+                intervals = row["intervals"][label][task]
+                assert intervals.keys() == metrics.keys() - {"work"}
+                for metric, (low, high) in intervals.items():
+                    assert 0 <= low < high <= 1 + 1e-6
+                    assert low - 1e-6 <= metrics[metric] <= high + 1e-6, (row, metric)
+
+
+def test_differences_are_of_the_same_resamples(tmp_path, run, cli, capsys, tissue):
+    """Two runs with the same weights: no tile differs, as far as 60 tiles can tell."""
+    same = write_run(tmp_path / "same")
+    cli(run, same, "--data", tissue, "--tasks", "retrieval,knn")
+    result = results(run)[str(tissue)]
+    printed = capsys.readouterr().out
+    values = {}
+    for row in result["rows"]:
+        values[row["model"], row["dim"]] = row["scores"]["class"]["retrieval"]["Acc@1"]
+    texts = {}
+    for found in result["differences"]:
+        assert found["text"] in printed and found["text"].endswith(found["verdict"])
+        assert (found["label"], found["task"], found["metric"]) == ("class", "retrieval", "Acc@1")
+        texts[found["text"].split(":")[0]] = found
+    expected = []
+    for name in (str(run), str(same)):
+        for dim in (4, 8, 48):
+            expected.append(f"{name} at {dim} less colour histogram")
+            if name == str(same):
+                expected.append(f"{name} at {dim} less {run} at 48")
+            if dim < 48:
+                expected.append(f"{name} at {dim} less {name} at 48")
+    assert list(texts) == expected
+    zero = texts[f"{same} at 48 less {run} at 48"]
+    assert zero["difference"] == 0 and zero["verdict"] == "within noise"
+    assert -4 / 64 < zero["low"] < 0 < zero["high"] < 4 / 64
+    found = texts[f"{run} at 4 less colour histogram"]
+    difference = values[str(run), 4] - values["colour histogram", 24]
+    assert found["difference"] == pytest.approx(difference)
+    assert found["low"] <= difference <= found["high"]
+    assert f"less colour histogram: {100 * difference:+.1f} (" in found["text"]
+
+
+def test_a_difference_is_above_below_or_within_noise():
+    truth = torch.arange(200) % 2
+    tallies = {}
+    for model, wrong in (("A", 60), ("B", 20), ("C", 62)):
+        predicted = truth.clone()
+        predicted[:wrong] = 1 - predicted[:wrong]
+        for metric, tally in evaluate.tally_answers(predicted, truth).items():
+            tallies[evaluate.Figure(model, 1, "class", "knn", metric)] = tally
+    pairs = {f"A less {name}": (("A", 1), (name, 1)) for name in "BC"}
+    pairs["B less A"] = (("B", 1), ("A", 1))
+    found = evaluate.compare(pairs, tallies, torch.arange(200), 0)
+    assert [one["verdict"] for one in found] == ["below", "within noise", "above"]
+    assert [round(one["difference"], 9) for one in found] == [-0.2, 0.01, 0.2]
+    assert all(one["metric"] == "balanced_accuracy" for one in found)
+    assert found[0]["text"].startswith("A less B: -20.0 (-2")
+
+
+# ---- what models are held against ----------------------------------------------------------------
+def test_the_colour_histogram_counts_pixels():
+    images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+    found = evaluate.ColourHistogram(64)(images)
+    for i, image in enumerate(images.numpy()):
+        for channel in range(3):
+            counts, _ = np.histogram(image[channel], 8, (0, 256))
+            shares = found["summary"][i, channel::3]
+            assert shares.tolist() == pytest.approx(counts / 4096, abs=1e-6)
+            counts, _ = np.histogram(image[channel, 8:16, 24:32], 8, (0, 256))
+            shares = found["patches"][i, 8 + 3, channel::3]
+            assert shares.tolist() == pytest.approx(counts / 64, abs=1e-6)
+
+
+def test_chance_knows_the_most_frequent_class_of_train():
+    train_y = torch.tensor([0, 1, 1, 1, 2, 2])
+    test_y = torch.tensor([0, 0, 1, 2])
+    for task in ("knn", "linear"):
+        found = evaluate.numbers(evaluate.tally_chance(task, train_y, test_y))
+        assert found == pytest.approx({"balanced_accuracy": 1 / 3, "accuracy": 1 / 4})
+    found = evaluate.numbers(evaluate.tally_chance("retrieval", train_y, test_y))
+    for n in (1, 3, 5):  # n tiles of the bank, any of them: how often one is of the query's class
+        hits = [1 - (5 / 6) ** n, 1 - (5 / 6) ** n, 1 - (1 / 2) ** n, 1 - (2 / 3) ** n]
+        assert found[f"Acc@{n}"] == pytest.approx(sum(hits) / 4)
+    masks = torch.tensor([[[3, 3], [3, 5]], [[255, 255], [255, 255]]], dtype=torch.uint8)
+    found = evaluate.numbers(evaluate.tally_chance("dense", masks, masks))
+    assert found == pytest.approx({"mIoU": 3 / 4 / 2, "Dice": 6 / 7 / 2})
+
+
+def test_baselines_stand_last_and_do_not_look_like_models(run, cli, capsys, tissue):
+    """Also where two students see tiles of different sizes."""
+    small = write_run(run.parent / "small", nested=(8,), img_size=32)
+    cli(run, small, "--data", tissue, "--tasks", "knn,retrieval", "--dims", "8")
+    result = results(run)[str(tissue)]
+    assert [row["model"] for row in result["rows"]][2:] == ["chance", "colour histogram"]
+    assert [row["dim"] for row in result["rows"]][2:] == [0, 24]
+    assert [row["parameters"] for row in result["rows"]][2:] == [0, 0]
+    chance, histogram = (row["scores"]["class"] for row in result["rows"][2:])
+    assert chance["knn"]["balanced_accuracy"] == pytest.approx(1 / 6)
+    lines = capsys.readouterr().out.splitlines()
+    for name, scores in (("chance", chance), ("colour histogram", histogram)):
+        [line] = [line for line in lines if line.startswith(f"{name} ")]
+        cells = line.removeprefix(name).split()
+        assert cells[0] == "-" and float(cells[1]) == round(
+            100 * scores["knn"]["balanced_accuracy"], 1
+        )
+    assert cells[-1] != "-" and "mMV@5" not in chance["retrieval"]
+    problem = []  # the histogram's figures, of the pixels that the first student sees
+    for split in ("train", "test"):
+        tiles = CentreTiles(tissue, 64, *labelled_files(tissue)[split])
+        images = torch.stack([tiles[k]["image"] for k in range(len(tiles))])
+        problem += [evaluate.ColourHistogram(64)(images)["summary"]]
+        problem += [torch.tensor([tiles[k]["class"] for k in range(len(tiles))])]
+    assert histogram["knn"] == pytest.approx(evaluate.knn(*problem))
+
+
+def test_what_says_nothing_is_left_out_with_a_word(tmp_path, run, cli, capsys, refused):
+    """Acc@3 and Acc@5 of two classes; a shortlist that is most of the bank."""
+    for split in ("train", "test"):
+        for i, name in enumerate(("dark", "light")):
+            for path in write_tiles(tmp_path / "d" / split / name, 9):
+                Image.open(path).point(lambda v, i=i: v // 4 + 190 * i).save(path)
+    cli(run, "--data", tmp_path / "d")
+    printed = capsys.readouterr().out
+    result = results(run)[str(tmp_path / "d")]
+    for row in result["rows"]:
+        assert set(row["scores"]["class"]) == {"knn", "linear", "retrieval"}
+        assert not row["scores"]["class"]["retrieval"].keys() & {"Acc@3", "Acc@5"}
+    assert "left out: adaptive, which needs 20 tiles to learn from" in printed
+    assert "left out: Acc@3 and Acc@5 of class: of two classes" in printed
+    line = refused(run, "--data", tmp_path / "d", "--tasks", "adaptive", "--device", "cpu")
+    assert "--tasks: adaptive needs 20 tiles to learn from, there are 18" in line
+
+
+def test_the_scale_is_said(tmp_path, run, cli, capsys):
+    """Crops of training are at the tiles' own scale; here they are shrunk, or not."""
+    for size, expected in (
+        (224, "tiles of 224 px are seen at 64 px, 3.5 times coarser than in training"),
+        (64, ""),
+        (32, "tiles of 32 px are seen at 64 px, 2 times finer than in training"),
+    ):
+        root = tmp_path / str(size)
+        for split in ("train", "test"):
+            for name in "ab":
+                write_tiles(root / split / name, 3, (size + 9, size))
+        cli(run, "--data", root, "--tasks", "knn")
+        printed = capsys.readouterr().out
+        assert expected in printed and expected in results(run)[str(root)]["tiles"]
+        assert ("than in training" in printed) == bool(expected)
+
+
+def test_the_table_fits_a_terminal_and_shows_what_was_found(run, cli, capsys, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    cli("run")
+    printed = capsys.readouterr().out
+    result = results(run)["synthetic tissue"]
+    table = printed[printed.index("\ncells, %") : printed.index("\nrun at 4 less")].splitlines()
+    assert max(len(line) for line in table) <= 110
+    assert table[3].split("dim")[1].count("(95 %)") == 2
+    for line, row in zip(table[4:], result["rows"], strict=True):
+        assert line.startswith(row["model"])
+        cells = line.removeprefix(row["model"]).split()[1:]
+        for task in ("knn", "linear"):
+            scores = row["scores"]["cells"][task]
+            low, high = row["intervals"]["cells"][task]["balanced_accuracy"]
+            balanced = f"{100 * scores['balanced_accuracy']:.1f}"
+            bounds = f"({100 * low:.1f}-{100 * high:.1f})"
+            assert cells[:3] == [balanced, bounds, f"{100 * scores['accuracy']:.1f}"]
+            cells = cells[3:]
+        assert len(cells) == 6  # of retrieval and adaptive
+    assert "parameters: run 0.15" in printed and "1000 resamples" in printed
+
+
+def test_groups_of_labels_csv_are_drawn_together(tmp_path, run, cli, capsys, tissue):
+    rows = ["path,label,split,group"]
+    for split in ("train", "test"):
+        for k, file in enumerate(sorted((tissue / split).rglob("*.png"))):
+            rows.append(f"{file},{file.parent.name},{split},{split}{k // 6}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    cli(run, "--data", tmp_path, "--tasks", "knn", "--dims", 8)
+    assert "60 to test in 10 groups" in capsys.readouterr().out
+    row = results(run)[str(tmp_path)]["rows"][0]
+    assert row["n"] == {"train": 90, "test": 60, "groups": 10}
+    alone = ["path,label,split", *(line.rpartition(",")[0] for line in rows[1:])]
+    (tmp_path / "labels.csv").write_text("\n".join(alone))
+    cli(run, "--data", tmp_path, "--tasks", "knn", "--dims", 8)
+    again = results(run)[str(tmp_path)]["rows"][0]
+    assert again["scores"] == row["scores"] and again["intervals"] != row["intervals"]
 
 
 # ---- labelled folders ----------------------------------------------------------------------------
@@ -686,18 +1092,17 @@ def test_the_order_of_labelled_files_is_mixed_and_fixed(tmp_path):
     "encoding", ["utf-8", "utf-8-sig"]
 )  # with the mark that spreadsheets put in front
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_labels_csv(tmp_path, encoding, end):
+def test_labels_csv(tmp_path, encoding, end, capsys):
     rows = [
-        "split,id,label,path",
-        'train,1,tumour,"odd, names/a.png"',
-        "train,2,stroma,b.png",
-        "val,3,mucus,c.png",
-    ]
-    rows += [
-        'test,4,"tumour","odd, names/é.png"',
-        "test,5,stroma,b.png",
-        ",6,tumour,d.png",
-        "train,7,tumour,gone.png",
+        " split,label ,path",
+        'train,tumour,"odd, names/a.png"',
+        "train , stroma, b.png ",
+        "val,mucus,c.png",
+        ",,",
+        'test,"tumour","odd, names/é.png"',
+        "test,stroma,d.png",
+        "",
+        "train,tumour,gone.png",
     ]
     (tmp_path / "labels.csv").write_bytes(end.join([*rows, ""]).encode(encoding))
     found = as_pairs(tmp_path)
@@ -706,7 +1111,8 @@ def test_labels_csv(tmp_path, encoding, end):
         ("gone.png", 1),
         ("odd, names/a.png", 1),
     ]  # mucus is of val alone
-    assert found["test"] == [("b.png", 0), ("odd, names/é.png", 1)]
+    assert found["test"] == [("d.png", 0), ("odd, names/é.png", 1)]
+    assert capsys.readouterr().out == f"{tmp_path}/labels.csv: left out are the rows of val (1)\n"
     write_tiles(tmp_path, 1)[0].rename(tmp_path / "b.png")
     files, targets = labelled_files(str(tmp_path))["train"]
     dataset = CentreTiles(tmp_path, 64, files, targets)
@@ -719,19 +1125,40 @@ def test_labels_csv(tmp_path, encoding, end):
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        ("", "has no tiles for train; a labelled folder holds"),
-        ("path,label,split\n", "has no tiles for train; a labelled folder holds"),
-        ("path,label\na.png,x\n", "has no tiles for train; a labelled folder holds"),
-        ("path;label;split\na.png;x;train\n", "has no tiles for train; a labelled folder holds"),
-        ("path,label,split\na.png,x,train\n", "no tiles for test"),
-        ("path,label,split\na.png,x,test\n", "no tiles for train"),
-        ("path,label,split\na.png,x,val\n", "no tiles for train"),
+        ("", "labels.csv is empty; wanted is"),
+        ("path,label,split\n", "has no tiles for train; wanted is"),
+        ("path,label\na.png,x\n", "has the columns ['path', 'label']; wanted is a row a tile"),
+        ("path;label;split\na.png;x;train\n", "has the columns ['path;label;split']; wanted"),
+        ("Path,label,split\na.png,x,train\n", "has the columns ['Path', 'label', 'split']"),
+        ("path,label,split,patient\na.png,x,train,7\n", "'split', 'patient']; wanted"),
+        ("path,label,split,\na.png,x,train,7\n", "'split', '']; wanted"),
+        ("path,label,split,label\na.png,x,train,7\n", "'split', 'label']; wanted"),
+        ("path,label,split\na.png,x,train\n", "has no tiles for test; wanted"),
+        ("path,label,split\na.png,x,test\n", "has no tiles for train; wanted"),
+        ("path,label,split\na.png,x,test\nb.png,x,Train\n", "train, but of Train (1); wanted"),
+        ("path,label,split\na.png,x,train\nb.png,x,val\n", "no tiles for test, but of val (1);"),
         (
             "path,label,split\na.png,x,train\nb.png,y,test\n",
             "b.png is in none of the classes of train",
         ),
-        ("path,label,split\na.png,,train\nb.png,x,test\nc.png,x,train\n", "a.png"),
-        ("path,label,split\na.png,x,train\nb.png\nc.png,y,test\n", "c.png"),
+        ("path,label,split\na.png,,train\nb.png,x,test\n", "line 2: a value is missing"),
+        ("path,label,split\na.png,x,train\nb.png,x,\n", "line 3: a value is missing"),
+        ("path,label,split,group\na.png,x,train, \n", "line 2: a value is missing"),
+        ("path,label,split\na.png,x,train\n\nb.png\n", "line 4: 1 values in 3 columns"),
+        ("path,label,split\na,b.png,x,train\n", "line 2: 4 values in 3 columns"),
+        ('path,label,split\na.png,"x,train\nb.png,x,test\n', "labels.csv, line 4: unexpected end"),
+        (
+            "path,label,split\na.png,x,train\nb.png,x,test\na.png,y,test\n",
+            "lines 2 and 4 are both of a.png; keep one",
+        ),
+        (
+            "path,label,split\na.png,x,train\nb.png,x,test\nc.png,x,test\n",
+            "all tiles of train are of one class, 'x': there is nothing to tell apart",
+        ),
+        (
+            "path,label,split\na.png,x,train\nb.png,y,train\nc.png,x,test\n",
+            "all tiles of test are of one class, 'x'",
+        ),
     ],
 )
 def test_unfit_labels_csv_is_refused_in_one_line(tmp_path, table, expected):
@@ -747,19 +1174,109 @@ def test_a_quote_that_labels_csv_never_closes_is_refused_in_one_line(tmp_path):
     assert "labels.csv" in refusal(tmp_path)
 
 
+def test_groups_of_labels_csv(tmp_path, run, cli, capsys):
+    """A number a group, the same in both splits; those that are in both are named."""
+    table = "path,label,split,group\n"
+    groups = {}
+    for i, file in enumerate(write_tiles(tmp_path / "d" / "tiles", 12, (64, 64))):
+        groups[f"tiles/{file.name}"] = f"P{i // 2}"  # P0 to P3 are of train, P4 and P5 of test
+        split = "train" if i < 8 else "test"
+        table += f"tiles/{file.name},{'ab'[i % 2]},{split}, P{i // 2} \n"
+    (tmp_path / "d" / "labels.csv").write_text(table)
+    found = labelled_files(tmp_path / "d")
+    number_of = {}
+    for files, targets in found.values():
+        tiles = CentreTiles(tmp_path / "d", 64, files, targets)
+        for k, file in enumerate(files):
+            number = tiles[k]["group"]
+            assert number_of.setdefault(groups[file], number) == number
+    assert sorted(number_of) == [f"P{i}" for i in range(6)]
+    assert sorted(number_of.values()) == list(range(6))
+    cli(run, "--data", tmp_path / "d", "--tasks", "knn", "--dims", "8")
+    assert results(run)[str(tmp_path / "d")]["doubts"] == []
+    (tmp_path / "d" / "labels.csv").write_text(table.replace("P5", "P0"))
+    cli(run, "--data", tmp_path / "d", "--tasks", "knn", "--dims", "8")
+    [doubt] = results(run)[str(tmp_path / "d")]["doubts"]
+    assert doubt.startswith("1 of the 2 groups that are tested on are learned from too")
+    assert f"warning: {doubt}\n" in capsys.readouterr().out
+
+
+def test_a_tile_in_train_and_in_test_is_refused_also_through_links(tmp_path):
+    for split in ("train", "test"):
+        for name in "ab":
+            write_tiles(tmp_path / split / name, 2, (8, 8))
+    assert len(as_pairs(tmp_path)["test"]) == 4
+    (tmp_path / "test" / "b" / "link.png").symlink_to("../../train/a/tile_001.png")
+    line = refusal(tmp_path)
+    assert "train/a/tile_001.png of train and test/b/link.png of test are one file" in line
+    (tmp_path / "test" / "b" / "link.png").unlink()
+    (tmp_path / "train" / "more").mkdir()
+    (tmp_path / "train" / "a" / "folder").symlink_to(tmp_path / "test" / "a")
+    assert "train/a/folder/tile_000.png of train and test/a/tile_000.png" in refusal(tmp_path)
+    (tmp_path / "labels.csv").write_text(
+        "path,label,split\ntrain/a/tile_000.png,a,train\ntrain/b/tile_000.png,b,train\n"
+        "test/a/tile_000.png,a,test\ntrain/../train/b/tile_000.png,b,test\n"
+    )
+    assert "train/b/tile_000.png of train and train/../train/b/tile" in refusal(tmp_path)
+
+
+def test_copies_of_training_tiles_are_named_below_the_table(tmp_path, run, cli, capsys):
+    for split, first in (("train", 0), ("test", 20)):
+        for k, name in enumerate("ab"):
+            files = write_tiles(tmp_path / "d" / split / name, 3, (64, 64))
+            for i, file in enumerate(files):  # light and dark, so that they are tiles of their own
+                shift = first + 10 * k + i
+                Image.open(file).point(lambda v, s=shift: v // 2 + s).save(file)
+    cli(run, "--data", tmp_path / "d", "--tasks", "knn", "--dims", "8")
+    assert results(run)[str(tmp_path / "d")]["doubts"] == []
+    tile = Image.open(tmp_path / "d" / "train" / "a" / "tile_001.png")
+    tile.save(tmp_path / "d" / "test" / "b" / "tile_000.bmp")  # another file of the same pixels
+    cli(run, "--data", tmp_path / "d", "--tasks", "knn", "--dims", "8")
+    [doubt] = results(run)[str(tmp_path / "d")]["doubts"]
+    assert doubt.startswith("1 of 7 test tiles are in train too, pixel for pixel")
+    assert "(test/b/tile_000.bmp is train/a/tile_001.png)" in doubt
+    assert f"warning: {doubt}\n" in capsys.readouterr().out
+
+
+def test_folders_that_systems_leave_are_no_classes(tmp_path):
+    for split in ("train", "test"):
+        for name in "ab":
+            write_tiles(tmp_path / split / name, 2, (8, 8))
+            write_tiles(tmp_path / split / name / "@eaDir" / "tile_000.png", 1, (8, 8))
+        for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".Trash-1000"):
+            write_tiles(tmp_path / split / name, 2, (8, 8))
+        (tmp_path / split / "a" / "._tile_000.png").write_bytes(b"left by macOS")
+    for split, pairs in as_pairs(tmp_path).items():
+        tiles = [(f"{split}/{n}/tile_00{i}.png", k) for k, n in enumerate("ab") for i in range(2)]
+        assert pairs == tiles
+
+
 def test_unfit_class_folders_are_refused_in_one_line(tmp_path):
     write_tiles(tmp_path / "train" / "a", 2)
+    write_tiles(tmp_path / "train" / "c", 2)
     line = refusal(tmp_path)
     assert f"{tmp_path} has no tiles for test" in line and "labels.csv" in line and "masks" in line
+    assert "python -m extras.labels" in line
     (tmp_path / "test").mkdir()
     assert f"no images (png, jpg, tif, bmp, webp) in {tmp_path / 'test'}" in refusal(tmp_path)
     write_tiles(tmp_path / "test" / "b", 1)
     assert "test/b/tile_000.png is in none of the classes of train" in refusal(tmp_path)
     (tmp_path / "test" / "b").rename(tmp_path / "test" / "a")
-    assert len(as_pairs(tmp_path)["test"]) == 1
+    assert "all tiles of test are of one class, 'a'" in refusal(tmp_path)
+    write_tiles(tmp_path / "test" / "c", 1)
+    assert len(as_pairs(tmp_path)["test"]) == 2
+    (tmp_path / "train" / "c").rename(tmp_path / "aside")
+    assert "c/tile_000.png is in none of the classes of train" in refusal(tmp_path)
+    (tmp_path / "test" / "c").rename(tmp_path / "also_aside")
+    assert "all tiles of train are of one class, 'a'" in refusal(tmp_path)
+    (tmp_path / "aside").rename(tmp_path / "train" / "c")
+    (tmp_path / "also_aside").rename(tmp_path / "test" / "c")
     write_tiles(tmp_path / "train", 1)
     assert "train/tile_000.png is in none of the classes" in refusal(tmp_path)
     assert "nowhere" in refusal(tmp_path / "nowhere")
+    write_tiles(tmp_path / "flat" / "train", 1)
+    write_tiles(tmp_path / "flat" / "test", 1)
+    assert "flat/train holds tiles, but no folders of classes" in refusal(tmp_path / "flat")
 
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -831,10 +1348,87 @@ def numbers(size=(64, 64)):
     return ((y // 8 + 2 * (x // 16)) % 3).astype(np.uint8)
 
 
+def test_two_masks_of_one_name_are_refused(tmp_path):
+    write_masks(tmp_path, 5)
+    Image.new("L", (64, 64), 9).save(tmp_path / "masks" / "tile_001.tif")
+    assert "tile_001.png and tile_001.tif are masks of one tile; keep one" in refusal(tmp_path)
+
+
+def save_packed_png(path, values, bits):
+    """A grey PNG of 2 or 4 bits, as optimisers write masks of few numbers; Pillow writes none."""
+    height, width = values.shape
+    rows = []
+    for row in values:
+        spread = (row[:, None] >> np.arange(bits)[::-1]) & 1  # (width, bits), the highest first
+        rows.append(b"\0" + np.packbits(spread.astype(np.uint8)).tobytes())
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")):
+        checked = struct.pack(">I", zlib.crc32(kind + body))
+        content += struct.pack(">I", len(body)) + kind + body + checked
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_numbers_of_a_packed_png_are_those_in_the_file(tmp_path, bits):
+    """Pillow spreads them over 0 to 255: 3 of 2 bits, 15 of 4 would be of no class."""
+    values = np.random.default_rng(0).integers(0, 2**bits, (64, 64)).astype(np.uint8)
+    save_packed_png(tmp_path / "mask.png", values, bits)
+    assert np.array(Image.open(tmp_path / "mask.png")).max() == 255
+    assert np.array_equal(np.array(evaluate.open_mask(tmp_path / "mask.png")), values)
+
+
+def test_masks_of_16_and_32_bits(tmp_path):
+    values = np.arange(64 * 64).reshape(64, 64) % 256
+    tifffile = oracle("tifffile")
+    for kind in ("uint8", "uint16", ">u2", "int32", "uint32"):
+        options = {"byteorder": ">"} if kind == ">u2" else {}
+        tifffile.imwrite(tmp_path / "mask.tif", values.astype(kind), **options)
+        assert np.array_equal(np.array(evaluate.open_mask(tmp_path / "mask.tif")), values), kind
+    for kind in ("uint16", "int32"):
+        tifffile.imwrite(tmp_path / "mask.tif", (values + 1).astype(kind))
+        with pytest.raises(data.UnreadableTile, match="class numbers from 0 to 255"):
+            evaluate.open_mask(tmp_path / "mask.tif")
+    tifffile.imwrite(tmp_path / "mask.tif", values.astype("float32"))
+    with pytest.raises(data.UnreadableTile, match="floating point"):
+        evaluate.open_mask(tmp_path / "mask.tif")
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_mask_of_several_pages_is_refused(tmp_path, n):
+    """Its first page was taken."""
+    pages = [Image.fromarray(numbers() + i) for i in range(n)]
+    pages[0].save(tmp_path / "mask.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(data.UnreadableTile, match=rf"more than one page \({n}\)"):
+        evaluate.open_mask(tmp_path / "mask.tif")
+
+
+def dense(root, run, cli):
+    """The result of the dense probe on a folder of masks."""
+    cli(run, "--data", root, "--tasks", "dense", "--dims", "48")
+    result = results(run)[str(root)]
+    return result["rows"][0]["scores"]["mask"]["dense"], result["doubts"]
+
+
+def test_masks_of_one_value_and_black_and_white_ones_are_told(tmp_path, run, cli, capsys):
+    write_quadrants(tmp_path / "white", 20, (64, 64), values=(0, 255))
+    scores, doubts = dense(tmp_path / "white", run, cli)
+    assert doubts == ["masks hold 0 and 255 alone: 255 is taken as a class, not as none"]
+    assert scores["mIoU"] > 0.9
+    assert f"warning: {doubts[0]}\n" in capsys.readouterr().out
+    write_quadrants(tmp_path / "three", 20, (64, 64), values=(0, 4))
+    path = tmp_path / "three" / "masks" / "03.png"
+    Image.new("L", (64, 64), 255).save(path)
+    assert dense(tmp_path / "three", run, cli)[1] == []
+    write_quadrants(tmp_path / "one", 20, (64, 64), values=(4, 4))
+    assert dense(tmp_path / "one", run, cli)[1] == [
+        "all masks hold 4 alone: there is nothing to tell apart"
+    ]
+
+
 def test_kinds_of_masks(tmp_path):
     write_tiles(tmp_path, 1, (64, 64))
     values = numbers()
-    palette = Image.fromarray(values).convert("P")
     palette = Image.fromarray(values, "L")
     palette.putpalette(
         [200, 10, 10, 10, 200, 10, 10, 10, 200]
@@ -968,6 +1562,7 @@ def test_a_resized_mask_stays_under_its_tile(tmp_path, size):
 @pytest.fixture(autouse=True)
 def few_tiles(monkeypatch):
     monkeypatch.setattr(evaluate, "N_TILES", 24)
+    monkeypatch.setattr(evaluate, "SHORTLIST", 4)  # five of them are no more than these tiles
 
 
 def write_run(folder, nested=(4, 8), seed=0, teachers=(), **arch):
@@ -1057,7 +1652,7 @@ def test_command_line_on_a_labelled_folder(tmp_path, run, cli, capsys):
                 Image.open(path).point(lambda v, i=i: v // 4 + 190 * i).save(path)
     cli(run, "--data", root)
     result = results(run)[str(root)]
-    rows = result["rows"]
+    rows = model_rows(result)
     assert [row["dim"] for row in rows] == [4, 8, 48] and {row["model"] for row in rows} == {
         str(run)
     }
@@ -1065,7 +1660,7 @@ def test_command_line_on_a_labelled_folder(tmp_path, run, cli, capsys):
     assert (
         scores["knn"] == scores["linear"] == {"accuracy": 1.0, "balanced_accuracy": 1.0}
     )  # dark against light
-    assert scores["retrieval"] == dict.fromkeys(("Acc@1", "Acc@3", "Acc@5", "mMV@5"), 1.0)
+    assert scores["retrieval"] == dict.fromkeys(("Acc@1", "mMV@5"), 1.0)  # of two classes
     assert scores["adaptive"] == {"Acc@1": 1.0, "work": 1.0} and "dense" not in scores  # no masks
     count = sum(p.numel() for p in load_student(run)[0].backbone.parameters())
     assert all(row["parameters"] == count for row in rows)
@@ -1075,7 +1670,8 @@ def test_command_line_on_a_labelled_folder(tmp_path, run, cli, capsys):
 def test_results_hold_protocol_counts_seed_and_versions(tmp_path, run, cli, tissue):
     cli(run, "--data", tissue, "--tasks", "knn,linear", "--seed", 5)
     result = results(run)[str(tissue)]
-    assert set(result["protocol"]) == {"knn", "linear"} and all(result["protocol"].values())
+    words = {"chance", "colour histogram", "intervals", "differences"}
+    assert set(result["protocol"]) == {"knn", "linear"} | words
     assert "k = 20" in result["protocol"]["knn"] and "0.07" in result["protocol"]["knn"]
     assert all(row["n"] == {"train": 90, "test": 60} for row in result["rows"])
     assert result["seed"] == 5 and result["unreadable"] == []
@@ -1102,20 +1698,23 @@ def test_every_task_on_drawn_tissue(run, cli):
 @pytest.mark.parametrize("task", ["knn", "linear", "retrieval", "adaptive", "dense"])
 def test_one_task_alone(run, cli, task):
     cli(run, "--tasks", task, "--dims", 7)
-    [row] = results(run)["synthetic tissue"]["rows"]
+    [row] = model_rows(results(run)["synthetic tissue"])
     assert row["dim"] == 7
     labels = {"nuclei"} if task == "dense" else {"cells", "tissue"}
     assert {label: set(scores) for label, scores in row["scores"].items() if scores} == {
         key: {task} for key in labels
     }
-    assert set(results(run)["synthetic tissue"]["protocol"]) == {task}
+    protocol = results(run)["synthetic tissue"]["protocol"]
+    assert protocol.keys() & evaluate.TASKS.keys() == {task}
 
 
 def test_seed_and_seed_alone_changes_synthetic_tissue(run, cli):
     scores = []
     for seed in (0, 0, 1):
         cli(run, "--tasks", "retrieval", "--dims", 48, "--seed", seed)
-        scores.append(results(run)["synthetic tissue"]["rows"][0]["scores"])
+        *_, result = results(run).values()
+        scores.append(result["rows"][0]["scores"])
+    assert set(results(run)) == {"synthetic tissue", "synthetic tissue (2)"}  # other tiles
     assert scores[0] == scores[1] != scores[2]
 
 
@@ -1137,6 +1736,10 @@ def test_wrong_flags_end_in_one_line(tmp_path, run, refused, tissue):
         (["--dim", 7], "--dim.* --embed DIR; .*extras.export"),
         (["--dim", 7, "--out", "student-7.pt"], "--dim.* --embed DIR; .*extras.export"),
         (["--embed", tissue], "--out"),
+        (["--embed", tissue, "--out", out, "--tasks", "knn"], "--embed: .*--tasks"),
+        (["--embed", tissue, "--out", out, "--data", tissue], "--embed: .*--data"),
+        (["--embed", tissue, "--out", out, "--dims", "4"], "--embed: .*--dims"),
+        (["--embed", tissue, "--out", out, "--teachers", ""], "--embed: .*--teachers"),
         ([run.parent / "run/student.pt", "--embed", tissue, "--out", out], "one RUN"),
         (["--embed", tissue, "--out", tmp_path / "exists.pt"], "--out: .*exists.pt exists"),
         (["--out", tmp_path / "exists.pt"], "--out: .*exists.pt is a file"),
@@ -1160,12 +1763,12 @@ def test_runs_stand_side_by_side_as_they_stand_alone(tmp_path, run, cli, capsys,
     alone = {}
     for folder in (run, other):
         cli(folder, "--data", tissue, "--tasks", "knn,retrieval")
-        alone[folder] = results(folder)[str(tissue)]["rows"]
+        alone[folder] = model_rows(results(folder)[str(tissue)])
     assert alone[run][-1]["scores"] != alone[other][-1]["scores"]
     capsys.readouterr()
     cli(run, other / "student.pt", "--data", tissue, "--tasks", "knn,retrieval")
-    rows = results(run)[str(tissue)]["rows"]
-    assert rows == results(other)[str(tissue)]["rows"]  # the same in both folders
+    assert results(run) == results(other)  # the same in both folders
+    rows = model_rows(results(run)[str(tissue)])
     assert [row["dim"] for row in rows] == [4, 8, 48, 16, 48]
     assert [row["scores"] for row in rows] == [row["scores"] for row in alone[run] + alone[other]]
     table = capsys.readouterr().out
@@ -1177,13 +1780,13 @@ def test_students_of_two_sizes_stand_side_by_side(tmp_path, run, cli, tissue):
     alone = {}
     for folder in (run, small):
         cli(folder, "--data", tissue, "--tasks", "knn", "--dims", "8")
-        alone[folder] = results(folder)[str(tissue)]["rows"]
+        alone[folder] = model_rows(results(folder)[str(tissue)])
     cli(run, small, "--data", tissue, "--tasks", "knn", "--dims", "8")
-    assert [row["scores"] for row in results(run)[str(tissue)]["rows"]] == [
+    assert [row["scores"] for row in model_rows(results(run)[str(tissue)])] == [
         row["scores"] for row in alone[run] + alone[small]
     ]
     cli(run, small, "--dims", "8")  # and with masks drawn at both sizes
-    for row in results(run)["synthetic tissue"]["rows"]:
+    for row in model_rows(results(run)["synthetic tissue"]):
         assert row["scores"]["nuclei"]["dense"]["Dice"] > 0.3
 
 
@@ -1206,18 +1809,17 @@ def test_the_dense_probe_of_a_run_does_not_depend_on_what_stands_beside_it(
 def test_offline_teachers_beside_a_run(tmp_path, cli):
     run = write_run(tmp_path / "taught", teachers=["toy_cells", "uni"])
     cli(run, "--tasks", "knn,dense", "--dims", "8")
-    rows = results(run)["synthetic tissue"][
-        "rows"
-    ]  # the run's offline teachers by default, at their full width
+    # the run's offline teachers by default, at their full width
+    rows = model_rows(results(run)["synthetic tissue"])
     assert [(row["model"], row["dim"]) for row in rows] == [
         (str(run), 8),
         ("teacher toy_cells", 128),
     ]
     cli(run, "--tasks", "knn", "--dims", "8", "--teachers", "toy_tissue,toy_cells")
-    models = [row["model"] for row in results(run)["synthetic tissue"]["rows"]]
+    models = [row["model"] for row in model_rows(results(run)["synthetic tissue"])]
     assert models == [str(run), "teacher toy_tissue", "teacher toy_cells"]
     cli(run, "--tasks", "knn", "--dims", "8", "--teachers", "")
-    assert [row["model"] for row in results(run)["synthetic tissue"]["rows"]] == [str(run)]
+    assert [row["model"] for row in model_rows(results(run)["synthetic tissue"])] == [str(run)]
 
 
 def test_results_on_other_data_are_kept_and_damaged_ones_named(run, cli, tissue, refused):
@@ -1230,6 +1832,42 @@ def test_results_on_other_data_are_kept_and_damaged_ones_named(run, cli, tissue,
     (run / "results.json").write_text("{")
     assert "results.json cannot be read" in refused(run, "--tasks", "knn", "--device", "cpu")
     assert (run / "results.json").read_text() == "{"
+
+
+def test_two_folders_of_one_name_never_share_results(
+    tmp_path, run, cli, tissue, monkeypatch, capsys
+):
+    """Typed alike in two places; and one folder typed in several ways."""
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        if place == "one":
+            (tmp_path / place / "labelled").symlink_to(tissue)
+        else:
+            write_tissue(tmp_path / place / "labelled")
+        cli(run, "--data", "labelled", "--tasks", "knn", "--dims", 8)
+    assert set(results(run)) == {"labelled", "labelled (2)"}
+    first = results(run)["labelled"]
+    assert first["data"] == str(tissue) != results(run)["labelled (2)"]["data"]
+    capsys.readouterr()
+    for typed in ("labelled/", "./labelled", tmp_path / "two" / "labelled"):
+        cli(run, "--data", typed, "--tasks", "knn", "--dims", 4)
+        assert set(results(run)) == {"labelled", "labelled (2)"}
+        assert results(run)["labelled (2)"]["rows"][0]["dim"] == 4
+        assert "labelled (2): " in capsys.readouterr().out
+    assert results(run)["labelled"] == first
+
+
+def test_a_long_data_path_loses_nothing(tmp_path, run, cli):
+    """0.1.0 made a file name of it, and an evaluation ended in "File name too long"."""
+    root = tmp_path
+    for name in ("x" * 100, "y" * 100, "z" * 100):
+        root = root / name
+    for split in ("train", "test"):
+        for name in "ab":
+            write_tiles(root / split / name, 3)
+    cli(run, "--data", root, "--tasks", "knn")
+    assert results(run)[str(root)]["rows"]
 
 
 def test_a_run_folder_that_cannot_be_written_loses_nothing(
@@ -1259,7 +1897,7 @@ def test_a_run_folder_that_cannot_be_written_loses_nothing(
 def test_results_go_to_the_folder_that_out_names(tmp_path, run, cli, refused):
     other = write_run(tmp_path / "other", seed=1)
     cli(run, other, "--tasks", "knn", "--out", tmp_path / "new" / "folder")
-    rows = results(tmp_path / "new" / "folder")["synthetic tissue"]["rows"]
+    rows = model_rows(results(tmp_path / "new" / "folder")["synthetic tissue"])
     assert {row["model"] for row in rows} == {str(run), str(other)}
     assert not (run / "results.json").exists() and not (other / "results.json").exists()
     (tmp_path / "file").write_text("mine")
@@ -1282,7 +1920,7 @@ def test_what_the_demo_calls(tmp_path, weights_dir, capsys):
     ):
         assert words in table
     evaluate.save_result(result, "synthetic tissue", tmp_path)
-    rows = results(tmp_path)["synthetic tissue"]["rows"]
+    rows = model_rows(results(tmp_path)["synthetic tissue"])
     assert [(row["model"], row["dim"]) for row in rows] == [
         ("teacher toy_cells", 128),
         ("student", 4),
@@ -1294,10 +1932,11 @@ def test_what_the_demo_calls(tmp_path, weights_dir, capsys):
 
 def test_labels_csv_with_spaces_after_its_commas(tmp_path):
     (tmp_path / "labels.csv").write_text(
-        "path, label, split\na.png, x, train\nb c.png, y , train \nd.png, x, test\n"
+        "path, label, split\na.png, x, train\nb c.png, y , train \nd.png, x, test\n e.png,y,test\n"
     )
     found = as_pairs(tmp_path)
-    assert found == {"train": [("a.png", 0), ("b c.png", 1)], "test": [("d.png", 0)]}
+    assert found["train"] == [("a.png", 0), ("b c.png", 1)]
+    assert found["test"] == [("d.png", 0), ("e.png", 1)]
 
 
 def test_unreadable_tiles_are_left_out_and_named(tmp_path, run, cli, capsys):
@@ -1325,7 +1964,7 @@ def test_unreadable_tiles_are_left_out_and_named(tmp_path, run, cli, capsys):
             evaluate.embed(student, torch.stack(images))[:, :8],
             torch.tensor(targets["class"][: len(files)]),
         ]
-    [row] = result["rows"]
+    [row] = model_rows(result)
     assert row["scores"]["class"]["knn"] == pytest.approx(evaluate.knn(*sides), abs=1e-3)
 
 
@@ -1338,7 +1977,7 @@ def test_a_mask_that_is_missing_is_left_out_of_the_dense_probe(tmp_path, run, cl
     [line] = result["unreadable"]
     assert line.endswith("masks/17.png': does not exist")
     assert "masks/17.png" in capsys.readouterr().err
-    [row] = result["rows"]
+    [row] = model_rows(result)
     assert next(iter(row["scores"].values()))["dense"]["mIoU"] > 0.9
 
 

@@ -148,13 +148,13 @@ def test_tasks_on_timms_features_give_what_evaluate_finds(
     assert problem[0].shape[1] == dim
     tasks = ["knn", "retrieval"]
     student, _ = load_student(run)
-    [row] = evaluate.run_tasks({"whole": (student, [dim])}, tissue, 0, tasks)["rows"]
+    row, *_ = evaluate.run_tasks({"whole": (student, [dim])}, tissue, 0, tasks)["rows"]
     scores = row["scores"]["class"]
     assert scores["knn"] == pytest.approx(plain_knn(problem, 20), abs=1e-9)
     assert scores["retrieval"] == pytest.approx(plain_retrieval(problem), abs=1e-9)
     assert 1.1 / 6 < scores["knn"]["accuracy"] < 0.95  # neither chance nor perfect
     student, _ = load_student(cut)  # an exported folder is a RUN as any other
-    [row] = evaluate.run_tasks({"cut": (student, [dim])}, tissue, 0, tasks)["rows"]
+    row, *_ = evaluate.run_tasks({"cut": (student, [dim])}, tissue, 0, tasks)["rows"]
     assert row["scores"]["class"] == scores
 
 
@@ -270,13 +270,18 @@ def test_the_card_tells_what_is_known(tmp_path, run, monkeypatch, tissue):
     assert rows["tiles"] == [["9 tiles of a\\|b, one view each, outputs from a cache"]]
     assert rows["teachers' outputs from a cache"][0][0].startswith("yes")
     assert "--workers" not in rows
-    scores = {}
+    shown = {}
+    for model in (str(run), "chance", "colour histogram"):
+        for dim, value in rows[model]:
+            shown[model, dim] = value
+    expected = {}
     for row in json.loads((run / "results.json").read_text())[str(tissue)]["rows"]:
-        scores[str(row["dim"])] = row["scores"]["class"]["knn"]["balanced_accuracy"]
-    shown = dict(rows[str(run)])
-    assert list(scores) == ["4", "8", "48"] and list(shown) == ["4", "8"]
-    for dim in shown:
-        assert float(shown[dim]) == pytest.approx(100 * scores[dim], abs=0.051)
+        value = 100 * row["scores"]["class"]["knn"]["balanced_accuracy"]
+        low, high = row["intervals"]["class"]["knn"]["balanced_accuracy"]
+        dim = "-" if row["model"] in evaluate.BASELINES else str(row["dim"])
+        expected[row["model"], dim] = f"{value:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    del expected[str(run), "48"]  # cut off
+    assert shown == expected and len(shown) == 4
     assert "normalise after the cut" in card.text and "Nested dims: 4, 8." in card.text
     export_as_typed(monkeypatch, run, tmp_path / "whole")  # here `adaptive` means something too
     assert [len(row) for row in rows_of(read_card(tmp_path / "whole"))[str(run)]] == [3, 3, 3]

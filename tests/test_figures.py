@@ -55,13 +55,34 @@ def write_log(folder, steps=(10, 20, 30), teachers=("toy_cells", "toy_tissue")):
             file.write(json.dumps(line) + "\n")
 
 
-def write_results(folder, title="synthetic tissue", model="student"):
-    """results.json of a tiny evaluation."""
-    student, _ = evaluate.load_student(folder)
-    result = evaluate.run_tasks({model: (student, [4, 8, 48])}, None, 0)
-    teacher = {**result["rows"][-1], "model": "teacher toy_cells", "dim": 128}
-    result["rows"].append(teacher)
-    evaluate.save_result(result, title, folder)
+def make_rows(models, intervals=True):
+    """Rows of results.json: {model: {dim: balanced accuracy}}, intervals five points to each
+    side."""
+    rows = []
+    for model, points in models.items():
+        for dim, value in points.items():
+            metrics = {"balanced_accuracy": value, "accuracy": value + 0.01}
+            row = {"model": model, "parameters": 9, "dim": dim, "n": {"train": 9, "test": 9}}
+            row["scores"] = {"cells": {"knn": metrics}, "tissue": {"knn": metrics}}
+            if intervals:
+                ends = {metric: [v - 0.05, v + 0.05] for metric, v in metrics.items()}
+                row["intervals"] = {"cells": {"knn": ends}, "tissue": {"knn": ends}}
+            rows.append(row)
+    return rows
+
+
+MODELS = {
+    "student": {4: 0.5, 8: 0.7, 48: 0.75},
+    "teacher toy_cells": {128: 0.9},
+    "chance": {0: 1 / 6},
+    "colour histogram": {24: 0.4},
+}
+
+
+def write_results(folder, title="synthetic tissue"):
+    """results.json as evaluate.py writes it."""
+    results = {title: {"rows": make_rows(MODELS), "differences": []}}
+    (folder / "results.json").write_text(json.dumps(results))
 
 
 def check_picture(file):
@@ -136,17 +157,14 @@ def test_any_names_are_drawn_and_a_run_of_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save_figure", keep)
     with oracle("matplotlib").rc_context(figures.STYLE):
         figures.draw_history(run, run / "figures")  # a glyph that is missing would warn
-    assert set(drawn) == {
-        "curves.png",
-        "accuracy-cost-5-and-6.png",
-        "accuracy-结果-cost.png",
-        "accuracy-结果-cost-2.png",
-    }
+    files = [f"accuracy-{figures.file_name(title)}.png" for title in titles]
+    assert set(drawn) == {"curves.png", *files} and len(set(files)) == 3
     for name in drawn:
         check_picture(run / "figures" / name)
-    [legend] = drawn["accuracy-cost-5-and-6.png"].legends
+    [legend] = drawn[files[0]].legends
     shown = [text.get_text() for text in legend.get_texts()]
     assert shown == [figures.readable(name) for name in NAMES]
+    assert drawn["curves.png"].axes[0].get_title() == figures.readable(f"loss of {run.name}")
     for axes in drawn["curves.png"].axes:
         for line in axes.get_lines():
             assert line.get_marker() == "."
@@ -216,11 +234,102 @@ def test_curves_are_cosines_at_the_ends_of_the_dims(tmp_path):
     assert panels["summary_cos"][0].points == list(zip((10, 20, 30), values, strict=True))
 
 
-def test_scores_are_the_first_metric_of_each_task():
-    metrics = {"knn": {"balanced_accuracy": 0.5, "accuracy": 0.75}}
+def test_scores_are_the_first_metric_of_each_task_with_its_interval():
+    metrics = {"knn": {"balanced_accuracy": 0.5, "accuracy": 0.75}, "adaptive": {}}
     rows = [{"model": "a", "dim": m, "scores": {"class": metrics}} for m in (4, 8)]
+    ends = {"balanced_accuracy": [0.25, 0.625], "accuracy": [0, 1]}
+    rows[1]["intervals"] = {"class": {"knn": ends}}
     panels = figures.collect_scores(rows)
-    assert panels == {("class", "knn, balanced accuracy"): {"a": {4: 50, 8: 50}}}
+    expected = {4: (50, None, None), 8: (50, 25, 62.5)}
+    assert panels == {("class", "knn, balanced accuracy"): {"a": expected}}
+
+
+def drawn_scores(monkeypatch, rows):
+    """The figure of these rows, and where it would have been saved."""
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, file: drawn.append(figure))
+    figures.draw_scores("tiles", rows, Path("unused"))
+    return drawn[0]
+
+
+def test_bands_level_lines_and_an_axis_from_chance_to_100(monkeypatch):
+    figure = drawn_scores(monkeypatch, make_rows(MODELS))
+    assert [axes.get_title() for axes in figure.axes] == [
+        "cells: knn, balanced accuracy",
+        "tissue: knn, balanced accuracy",
+    ]
+    [legend] = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [
+        "student",
+        "teacher toy_cells (128 channels)",
+        "chance",
+        "colour histogram (24 channels)",
+    ]
+    for axes in figure.axes:
+        heights = {}
+        for line in axes.get_lines():
+            heights[line.get_linestyle()] = np.round(line.get_ydata(), 9).tolist()
+        assert heights == {
+            "-": [50, 70, 75],
+            "--": [90, 90],
+            ":": [round(100 / 6, 9)] * 2,
+            "-.": [40, 40],
+        }
+        [band] = axes.collections  # of the student; level ones are patches
+        edges = band.get_paths()[0].vertices[:, 1]
+        assert {45, 55, 65, 70, 75, 80} <= set(np.round(edges, 9))
+        assert [round(patch.get_y(), 9) for patch in axes.patches] == [
+            85,
+            round(100 / 6 - 5, 9),
+            35,
+        ]
+        low, high = axes.get_ylim()
+        assert 100 / 6 - 7 < low < 100 / 6 - 5 and 100 < high < 102
+    figure.draw_without_rendering()
+
+
+def test_what_lies_below_chance_is_on_the_axis_and_without_chance_it_begins_at_0(monkeypatch):
+    models = {"student": {4: 0.5, 8: 0.1}, "chance": {0: 0.2}}
+    figure = drawn_scores(monkeypatch, make_rows(models, intervals=False))
+    assert 7 < figure.axes[0].get_ylim()[0] < 10 and not figure.axes[0].collections
+    figure = drawn_scores(monkeypatch, make_rows({"student": {4: 0.5, 8: 0.6}}))
+    assert -3 < figure.axes[0].get_ylim()[0] <= 0
+
+
+def test_one_dim_alone_has_a_point_and_a_bar(monkeypatch):
+    figure = drawn_scores(monkeypatch, make_rows({"student": {48: 0.5}, "chance": {0: 0.2}}))
+    student, chance = figure.axes[0].get_lines()
+    assert list(student.get_xdata()) == [48] and list(chance.get_xdata()) == [0, 1]
+    [bar] = figure.axes[0].collections
+    assert np.round(bar.get_segments()[0][:, 1], 9).tolist() == [45, 55]
+
+
+def test_results_of_before_intervals_are_drawn_and_it_is_said(tmp_path, capsys):
+    results = {"old": {"rows": make_rows({"student": {4: 0.5, 8: 0.6}}, intervals=False)}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    figures.draw_history(tmp_path, tmp_path)
+    assert "no intervals, chance and colour histogram for old" in capsys.readouterr().out
+    check_picture(tmp_path / f"accuracy-{figures.file_name('old')}.png")
+
+
+def test_two_titles_never_share_a_file_name_and_all_are_short():
+    titles = [
+        "a/b",
+        "a-b",
+        "a b",
+        "b",
+        "b/",
+        "x/b",
+        "..",
+        "/",
+        "y" * 300,
+        "x" + "y" * 300,
+        "\udcff",
+    ]
+    names = {figures.file_name(title) for title in titles}
+    assert len(names) == len(titles)
+    assert all(len(name) < 50 and "/" not in name for name in names)
 
 
 def test_retrieval_frames_tell_whether_labels_match(tmp_path, monkeypatch):
@@ -233,9 +342,11 @@ def test_retrieval_frames_tell_whether_labels_match(tmp_path, monkeypatch):
     queries = [{"image": images[0], "class": 0}, {"image": images[1], "class": 1}]
     order = torch.tensor([[0, 1, 2, 3, 4], [1, 0, 2, 3, 5]])
     found = {4: (torch.ones(2, 5), order), 48: (torch.ones(2, 5), order)}
-    figures.draw_retrieval(found, bank, queries, "class", ["x", "y"], Path("unused"))
+    figures.draw_retrieval("mine", found, bank, queries, "class", ["x", "y"], Path("unused"))
     from matplotlib.colors import to_hex
 
+    [caption] = drawn[0].texts
+    assert caption.get_text().startswith("mine: the 5 nearest of 6 tiles")
     framed = [axes for axes in drawn[0].axes if axes.get_images()]
     assert len(framed) == 2 * (1 + 2 * 5)
     for axes in framed:
@@ -245,7 +356,24 @@ def test_retrieval_frames_tell_whether_labels_match(tmp_path, monkeypatch):
             own = title.removeprefix("query: ")
             assert colour == "#000000"
         else:
-            assert colour == (figures.SAME if title.split()[0] == own else figures.OTHER)
+            right = title.split()[0] == own
+            assert colour == (figures.SAME if right else figures.OTHER)
+            assert axes.spines["left"].get_linestyle() == ("-" if right else "--")
+
+
+def test_patch_maps_name_class_and_model(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "save_figure", lambda figure, file: drawn.update({file: figure}))
+    run = write_run(tmp_path / "run")
+    figures.draw_tiles(str(run / "student.pt"), None, 0, "cpu", tmp_path)
+    figure = drawn[tmp_path / "patches-synthetic-tissue.png"]
+    assert figure.get_suptitle() == "run, toy after 1 steps"
+    _, cells, tissue, _ = data.draw_tissue("test", 0, 0)
+    titles = [axes.get_title() for axes in figure.axes]
+    named = f"{list(data.CELLS)[cells]}, {data.TISSUES[tissue]}"
+    assert titles == [named, "4 channels", "8 channels", "48 channels"]
+    sheet = drawn[tmp_path / "retrieval-synthetic-tissue-cells.png"]
+    assert "run, toy after 1 steps" in sheet.texts[0].get_text()
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 7])

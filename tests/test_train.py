@@ -568,7 +568,9 @@ def test_the_demo_ends_with_what_teachers_and_student_know(tmp_path, run, capsys
     [result] = json.loads((tmp_path / "run" / "results.json").read_text()).values()
     rows = [(row["model"], row["dim"]) for row in result["rows"]]
     expected = [("teacher toy_cells", 128), ("teacher toy_tissue", 128)]
-    assert rows == expected + [("student", 4), ("student", 16), ("student", 48)]
+    expected += [("student", 4), ("student", 16), ("student", 48)]
+    assert rows == expected + [("chance", 0), ("colour histogram", 24)]
+    assert "student at 16 less teacher toy_cells: " in printed
 
 
 def test_a_loss_that_samples_its_dims_is_logged(tmp_path, run, tiles, monkeypatch, capsys):
@@ -802,7 +804,8 @@ def test_the_toy_learns_from_a_small_teacher_of_ones_own(tmp_path, run, weights_
     evaluate.evaluate_runs(evaluate.parse_args([str(word) for word in argv]))
     [result] = json.loads((tmp_path / "run-0" / "results.json").read_text()).values()
     dims = {row["model"]: row["dim"] for row in result["rows"]}
-    assert dims == {str(tmp_path / "run-0"): 48, "teacher mine": 96}
+    models = {str(tmp_path / "run-0"): 48, "teacher mine": 96}
+    assert dims == models | {"chance": 0, "colour histogram": 24}
 
 
 def test_published_teachers_shallow_end_to_end(

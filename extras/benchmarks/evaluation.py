@@ -3,10 +3,15 @@
     python -m extras.benchmarks.evaluation                           five minutes on 2 CPU cores
     python -m extras.benchmarks.evaluation knn linear --bank 20000   some of it, smaller
     python -m extras.benchmarks.evaluation --tiny                    seconds; shows that it runs
+    python -m extras.benchmarks.evaluation table --before CHECKOUT   another version's table in turn
 
 A bank of 100,000 features and 30,000 queries of 768 channels (the linear probe is tested on them),
 9 classes that overlap, channels that correlate, a spectrum that decays as that of an encoder's
 features. Asked for, on two cores: kNN 60 s and 2 GB above the features, linear probe 120 s.
+
+`table` is a whole evaluation: two students and two teachers at five dims on 4,000 drawn tiles, half
+of them to test on; resamples apart. CHECKOUT is a folder with the six files and extras/ as they
+were; the two are run one after the other, --rounds times.
 
 Each task runs in a process of its own, so that peaks are separate. Seconds of CPU time stand beside
 those of the clock, for a machine that is busy. Memory is Linux's VmHWM, set back when the features
@@ -14,21 +19,28 @@ stand, so this needs Linux.
 """
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 import evaluate
-from data import make_parser, positive, run_program
+from data import make_parser, path, positive, run_program
 from extras.benchmarks.timing import ROOT, choose_parts, memory
+from student import Student, VisionTransformer
+from teachers import TEACHERS, Teacher
 
 SIZES = {"bank": 100_000, "queries": 30_000, "dim": 768, "classes": 9}
 TINY = {"bank": 2000, "queries": 500, "dim": 64, "classes": 5}
 TASKS = ["knn", "retrieval", "adaptive", "linear"]
+TABLE_TILES = {False: 2000, True: 64}  # of each split; with --tiny
+DIMS = [2, 4, 8, 16, 48]
 CHUNK = 10_000  # rows drawn at a time, so that the peak is the task's and not this
 
 
@@ -59,7 +71,7 @@ def measure(task: str, sizes: dict[str, int]) -> None:
     before = memory("VmRSS")
     began = time.monotonic()
     cpu_began = time.process_time()
-    metrics = evaluate.TASKS[task](*problem, **options)
+    metrics = evaluate.numbers(evaluate.TASKS[task](*problem, **options))
     seconds = time.monotonic() - began
     cpu_seconds = time.process_time() - cpu_began
     above = memory("VmHWM") - before
@@ -69,13 +81,69 @@ def measure(task: str, sizes: dict[str, int]) -> None:
     print(f"{above:.2f} GB above {size:.2f} GB of features; {values}", flush=True)
 
 
+def time_calls(module: ModuleType, names: list[str], seconds: list[float]) -> None:
+    """From now on, what calls of these functions take is added to a list; not twice where one calls
+    another. A version may lack them.
+    """
+    running = []
+
+    def timed(function: Callable, *args, **options):
+        running.append(function)
+        began = time.process_time()
+        result = function(*args, **options)
+        running.pop()
+        if not running:
+            seconds.append(time.process_time() - began)
+        return result
+
+    for name in names:
+        if hasattr(module, name):
+            setattr(module, name, functools.partial(timed, getattr(module, name)))
+
+
+def measure_table(tiles: int) -> None:
+    """A whole evaluation, of models with random weights, and print what it took."""
+    evaluate.N_TILES = tiles
+    torch.manual_seed(0)
+    models = {}
+    for name in ("toy_cells", "toy_tissue"):
+        teacher = Teacher(name, VisionTransformer(**TEACHERS[name].arch)).eval()
+        models[f"teacher {name}"] = (teacher, [teacher.embed_dim])
+    for name in ("A", "B"):
+        models[name] = (Student("toy").eval(), DIMS)
+    sure = []
+    time_calls(evaluate, ["resample", "make_rows", "compare"], sure)
+    began = time.process_time()
+    evaluate.run_tasks(models, None)
+    seconds = time.process_time() - began
+    print(f"table: {seconds - sum(sure):.1f} s of CPU, resamples {sum(sure):.1f} s", flush=True)
+
+
+def compare_tables(before: str, rounds: int, tiny: bool) -> None:
+    """measure_table, with the code that stands here and with another checkout's, in turn."""
+    for _ in range(rounds):
+        for name, folder in (("before", before), ("now", ROOT)):
+            if folder is None:
+                continue
+            command = [sys.executable, __file__, "table", "--alone"]
+            command += ["--tiny"] * tiny
+            environment = {**os.environ, "PYTHONPATH": str(folder)}
+            print(f"{name:7}", end="", flush=True)
+            if subprocess.run(command, env=environment, check=False).returncode:
+                sys.exit(1)
+
+
 def parse_args() -> argparse.Namespace:
     parser = make_parser("python -m extras.benchmarks.evaluation", __doc__)
     add = parser.add_argument
-    add("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)} (default: all)")
+    add(
+        "tasks", nargs="*", metavar="TASK", help=f"table, or of {', '.join(TASKS)} (default: these)"
+    )
     for name, size in SIZES.items():
         add(f"--{name}", type=positive, help=f"(default: {size}; --tiny: {TINY[name]})")
     add("--tiny", action="store_true", help="small: seconds")
+    add("--before", type=path, metavar="CHECKOUT", help="with table: another version")
+    add("--rounds", type=positive, default=1, help="with table (default: 1)")
     add("--alone", action="store_true", help=argparse.SUPPRESS)  # one task, in this process
     args = parser.parse_args()
     defaults = TINY if args.tiny else SIZES
@@ -88,6 +156,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """The command line."""
     args = parse_args()
+    if args.tasks == ["table"]:
+        if args.alone:
+            measure_table(TABLE_TILES[args.tiny])
+        else:
+            compare_tables(args.before, args.rounds, args.tiny)
+        return
     sizes = {name: getattr(args, name) for name in SIZES}
     tasks = choose_parts(args.tasks, TASKS)
     if args.alone:
