@@ -3,7 +3,8 @@
 To run it whole and keep its outputs, in the repository's folder:
 
     pip install nbconvert ipykernel matplotlib timm safetensors
-    jupyter nbconvert --to notebook --execute --inplace extras/walkthrough.ipynb
+    jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False \\
+        --inplace extras/walkthrough.ipynb
 """
 
 import ast
