@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.transforms import functional as TF
 
 import data
 from data import (
@@ -327,16 +326,19 @@ class CentreTiles(Dataset):
             mask = Image.new("L", (1, 1))
         else:
             item = {"index": k, "unreadable": []}
-        item["image"] = self.centre(image, TF.InterpolationMode.BICUBIC)
+        item["image"] = self.centre(image, "bicubic")
         if "class" in self.targets:
             item["class"] = self.targets["class"][k]
         if "mask" in self.targets:
-            item["mask"] = self.centre(mask, TF.InterpolationMode.NEAREST)[0]  # (size, size)
+            item["mask"] = self.centre(mask, "nearest")[0]  # (size, size)
         return item
 
-    def centre(self, image: Image.Image, mode: TF.InterpolationMode) -> Tensor:
+    def centre(self, image: Image.Image, mode: str) -> Tensor:
         """The shorter side to `size`, then the centre -> (channels, size, size)."""
-        image = TF.resize(image, self.size, mode)
+        # here, for it takes seconds to import: drawn tissue needs no resize
+        from torchvision.transforms import functional as TF
+
+        image = TF.resize(image, self.size, TF.InterpolationMode(mode))
         return TF.pil_to_tensor(TF.center_crop(image, self.size))
 
 

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import functional as TF
 
 from data import (
     CELLS,
@@ -288,6 +287,9 @@ class Teacher(nn.Module):
 
         InputError: tiles that are smaller than a quarter of the teacher's input.
         """
+        # here, for it takes seconds to import: what needs no resize should start without it
+        from torchvision.transforms import functional as TF
+
         size = self.vit.img_size
         height, width = images.shape[2:]
         if 4 * min(height, width) < size:
@@ -818,7 +820,8 @@ def train_offline_teacher(
     tiles = draw_labelled_tiles(seed, min(6144, steps * batch_size))
     images = tiles["image"].to(device)
     labels = tiles[spec.task].to(device)
-    mean, std = spec.norm
+    mean = torch.tensor(spec.norm[0], device=device).view(3, 1, 1)
+    std = torch.tensor(spec.norm[1], device=device).view(3, 1, 1)
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it was
         torch.manual_seed(1000 * seed + OFFLINE.index(name))
         vit = VisionTransformer(**spec.arch).to(device).train()
@@ -834,7 +837,7 @@ def train_offline_teacher(
             batch = torch.rot90(images[chosen], quarter_turns, (2, 3))
             if torch.rand(()) < 0.5:
                 batch = batch.flip(3)
-            batch = TF.normalize(to_float(batch), mean, std)
+            batch = (to_float(batch) - mean) / std
             summary = vit(batch)[:, 0]  # (B, D_t)
             loss = F.cross_entropy(head(summary), labels[chosen])
             optimizer.zero_grad()
@@ -916,6 +919,8 @@ def open_named_tile(tile: str) -> Image.Image:
 
 def try_teacher(name: str, tile: str, weights_dir: str, device: str, precision: str) -> None:
     """Load a teacher, embed an image, print how long it took and how the embedding begins."""
+    from torchvision.transforms import functional as TF
+
     check_names([name], "NAME")
     device, dtype = choose_device(device, precision)
     if not tile:

@@ -67,6 +67,7 @@ from teachers import (
 CLIP = 1.0  # largest norm of the gradient
 WARMUP = 0.1  # share of the steps
 DEMO_TILES = 4096  # drawn once; the demo goes over them several times
+MANY_EPOCHS = 300  # above it a run says so; a rule of thumb
 STATS_TILES = 1024  # that the targets' statistics are measured on
 
 VIT = {"steps": 100_000, "batch_size": 64, "lr": 2e-4, "save_every": 1000}
@@ -120,7 +121,7 @@ def train(
         step_loss = torch.zeros((), device=device)
         for micro_step in range(args.accumulate):
             batch = next(tiles)
-            images = batch["image"].to(device, non_blocking=True).contiguous()
+            images = batch["image"].to(device, non_blocking=True).contiguous()  # (B, 3, H, W)
             outputs = teacher_outputs(batch, images, teachers, grid)
             targets = standardizers(outputs)
 
@@ -128,12 +129,12 @@ def train(
             model.require_backward_grad_sync = micro_step == args.accumulate - 1
             with autocast:
                 predictions = model(images)
-            loss, terms = compute_loss(predictions, targets)
+            loss, terms = compute_loss(predictions, targets)  # outside autocast, in float32
             loss = loss / args.accumulate
             scaler.scale(loss).backward()
             step_loss += loss.detach()
 
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # so that the norm is the gradient's own
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         scaler.step(optimizer)
         scaler.update()
@@ -526,8 +527,11 @@ def introduce_run(args: argparse.Namespace, source: Source, student: Student, wo
         if times > 1.5:
             say(f"  crops of {student.img_size} px are enlarged {times:.1f} times for it")
     epochs = args.steps * args.batch_size / len(source)
-    epochs = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.1f}"
-    say(f"{args.steps:,} steps of {args.batch_size} are {epochs} epochs of {source.description}")
+    text = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.1f}"
+    say(f"{args.steps:,} steps of {args.batch_size} are {text} epochs of {source.description}")
+    if epochs > MANY_EPOCHS:
+        fewer = MANY_EPOCHS * len(source) // args.batch_size
+        say(f"  few tiles, many times over: --steps {max(1, fewer)} is {MANY_EPOCHS} epochs")
     say(
         f"AdamW, rate up to {args.lr:g} over {warmup_steps(args.steps):,} steps, "
         f"then down a cosine; standardised by: {args.standardize}"
@@ -752,42 +756,59 @@ def stop_if_not_finite(step: int, numbers: dict[str, float], scaler, out: str) -
 def make_flags() -> argparse.ArgumentParser:
     """The command line. Defaults that depend on the student are set by parse_args."""
     parser = make_parser("train.py", __doc__)
-    add = parser.add_argument
-    add(
-        "--teachers",
-        type=name_list,
-        default=OFFLINE,
-        help=f"of {', '.join(TEACHERS)} (default: the offline two)",
-    )
-    add("--student", choices=STUDENTS, help="(default: toy for offline teachers, else vit_b)")
-    add("--dims", type=dim_list, help=f"nested dims; the width is always one {by_student('dims')}")
-    add("--data", type=path, nargs="+", help="folders of tiles (default: drawn tissue)")
-    add("--out", type=path, help="the run's folder (default: runs/demo, or runs/TEACHERS-STUDENT)")
+    group = parser.add_argument_group
+
+    add = group("what to learn from").add_argument
+    text = "by commas (default: the offline two); python teachers.py lists them"
+    add("--teachers", type=name_list, default=OFFLINE, help=text)
+    text = "folders of tiles, of 224 px or more for vit_* (default: drawn tissue)"
+    add("--data", type=path, nargs="+", help=text)
+    text = "where teachers' files are, or go (default: %(default)s)"
+    add("--weights-dir", type=path, default="weights", help=text)
+    text = "the targets; channel if a teacher has huge ones, as openpath (default: %(default)s)"
+    add("--standardize", choices=["phi-s", "channel", "none"], default="phi-s", help=text)
+    text = "that measure the targets; more for few, uneven tiles (default: 1024; slow CPU: 64)"
+    add("--stats-tiles", type=positive, help=text)
+    text = "the offline teachers' own; fewer for a first try (default: %(default)s)"
+    add("--teacher-steps", type=positive, default=OFFLINE_STEPS, help=text)
+    text = "the offline teachers'; change it to see what is chance (default: %(default)s)"
+    add("--teacher-seed", type=natural, default=0, help=text)
+
+    add = group("what to train").add_argument
+    text = "vit_s where speed counts (default: toy for offline teachers, else vit_b)"
+    add("--student", choices=STUDENTS, help=text)
+    text = "prefixes that you will use; fewer save memory; the width is always one\n"
+    add("--dims", type=dim_list, help=text + by_student("dims"))
+    text = "begin from a teacher (vit_b: dinov2_b), a run or a file; for few tiles or little time"
+    add("--init", type=path, help=text)
+    text = "of the student and of the order and view of tiles (default: %(default)s)"
+    add("--seed", type=natural, default=0, help=text)
+
+    add = group("how long").add_argument
+    text = "of the optimiser; they fix the schedule; fewer for few tiles: see the epochs printed\n"
+    add("--steps", type=positive, help=text + by_student("steps"))
+    text = f"tiles a step, over all GPUs; more on many {by_student('batch_size')}"
+    add("--batch-size", type=positive, help=text)
+    text = "passes a step, with the same result; 2 or 4 when memory is short (default: %(default)s)"
+    add("--accumulate", type=positive, default=1, help=text)
+    text = f"the highest rate; lower it when the loss jumps {by_student('lr')}"
+    add("--lr", type=float, help=text)
+
+    add = group("the machine").add_argument
+    add("--device", type=path, help="cuda, cuda:1, mps or cpu (default: the best at hand)")
+    text = "fp32 when a loss is not finite (auto: bf16 or fp16 on a GPU, fp32 on a CPU)"
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help=text)
+    add("--compile", action="store_true", help="torch.compile all models; for GPU runs of hours")
+    text = "that read tiles; more when the GPU waits (default: 8 a GPU; 0 on a CPU)"
+    add("--workers", type=natural, help=text)
+
+    add = group("saving, stopping, going on").add_argument
+    text = "the run's folder, one a run (default: runs/demo, or runs/TEACHERS-STUDENT)"
+    add("--out", type=path, help=text)
     add("--resume", type=path, metavar="DIR", help="go on with this run; its flags are restored")
-    add("--init", type=path, help="begin from a teacher (vit_b: dinov2_b), a run or a file")
-
-    add("--steps", type=positive, help=f"optimiser steps; fix the schedule {by_student('steps')}")
-    add("--stop-at", type=positive, help="stop after this step, to go on later with --resume")
-    add("--batch-size", type=positive, help=f"tiles a step, in all {by_student('batch_size')}")
-    add("--accumulate", type=positive, default=1, help="passes a step, when memory is short")
-    add("--lr", type=float, help=f"the highest rate {by_student('lr')}")
-    add("--seed", type=natural, default=0, help="of the student, and of order and view of tiles")
-    add("--standardize", choices=["phi-s", "channel", "none"], default="phi-s", help="the targets")
-    add("--stats-tiles", type=positive, help="to measure targets on (default: 1024; slow CPU: 64)")
-    add(
-        "--teacher-steps",
-        type=positive,
-        default=OFFLINE_STEPS,
-        help="of the offline teachers' training (default: %(default)s)",
-    )
-    add("--teacher-seed", type=natural, default=0, help="of the offline teachers")
-
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    add("--compile", action="store_true", help="torch.compile all models; for long GPU runs")
-    add("--device", type=path, help="cuda, mps or cpu (default: the best at hand)")
-    add("--workers", type=natural, help="that read tiles (default: 8 a GPU; 0 on a CPU)")
-    add("--weights-dir", type=path, default="weights", help="where teachers' files are, or go")
-    add("--save-every", type=positive, help=f"steps {by_student('save_every')}")
+    add("--stop-at", type=positive, help="a step to save and stop after, to go on with --resume")
+    text = f"steps; fewer where jobs are killed {by_student('save_every')}"
+    add("--save-every", type=positive, help=text)
     add("--log-every", type=positive, help="steps (default: a tenth of them, at most 50)")
     add("--cache", help=argparse.SUPPRESS)  # what it was is a program of its own now
     return parser

@@ -249,10 +249,31 @@ def test_patches_are_resampled_as_a_teacher_does_it():
 
 
 def test_hardware(run, monkeypatch):
-    row = hardware.ROWS[0]._replace(teachers=["lunit_s16"], student="toy")  # small, for a test
-    monkeypatch.setattr(hardware, "ROWS", [row])
+    small = hardware.SETTINGS[0]._replace(teachers=["lunit_s16"], student="toy")  # for a test
+    monkeypatch.setattr(hardware, "SETTINGS", [small])
     code, out = run(hardware, "--tiny")
-    assert not code and out.startswith("T4: lunit_s16 -> toy, 1,280,000 tiles: ")
+    assert not code and out.startswith("1 T4: lunit_s16 -> toy\n  100,000 tiles, 20,000 steps")
+
+
+def test_an_estimate_is_what_its_parts_come_to(monkeypatch):
+    monkeypatch.setattr(hardware, "count_operations", lambda *_: (3.0, 1.0))  # TFLOP a tile
+    monkeypatch.setitem(hardware.PEAKS, "T4", 10)  # 4 TFLOP/s are reached, 14,400 an hour
+    setting = hardware.Setting("T4", 1, ["lunit_s16", "uni"], "vit_s", 7200, 900, 64)
+    lines = "\n".join(hardware.estimate(setting, "1.0 GB"))
+    assert "7,200 tiles, 900 steps of 64: 8.0 epochs" in lines
+    assert "75% of it teachers: 16.0 h" in lines  # 57,600 times 4 TFLOP
+    # the teachers once: 7,200 times 3; 57,600 times 1. A tile: 257 tokens of 384 + 1024 numbers
+    assert "with extras.cache: 5.2 GB on disk, 5.5 h" in lines
+
+
+def test_the_setting_of_few_tiles_is_300_epochs(run, monkeypatch):
+    monkeypatch.setattr(hardware, "estimate_memory", lambda *_: "1.0 GB")
+    flags = ["--teachers", "lunit_s16", "--card", "A100"]
+    out = run(hardware, *flags, "--tiles", 4000)[1]
+    assert "1 A100: lunit_s16 -> vit_s\n  4,000 tiles, 18,750 steps of 64: 300.0 epochs" in out
+    assert "100,000 steps of 64: 6.4 epochs" in run(hardware, *flags, "--tiles", 1_000_000)[1]
+    with pytest.raises(InputError, match="no teacher is called .nobody."):
+        run(hardware, "--teachers", "nobody")
 
 
 def test_kept_bytes_are_those_of_a_known_graph():

@@ -79,6 +79,13 @@ def test_no_extra_imports_a_test():
 # ---- programs ------------------------------------------------------------------------------------
 
 
+def test_the_first_line_need_not_wait_for_torchvision():
+    """It takes as long to import as torch does, and only what resizes a file needs it."""
+    command = "import sys, train; print('torch' in sys.modules, 'torchvision' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == "True False\n", ran.stderr
+
+
 def test_no_file_in_tests_is_a_program():
     for path in (ROOT / "tests").glob("*.py"):
         assert not is_program(path), path

@@ -33,8 +33,7 @@ def commands():
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The repo's files, a tree of tiles and a labelled folder under the names that the README uses.
-    The repo's files, a tree of tiles and a labelled folder under the names that the README uses."""
+    """The repo's files; a tree of tiles and a labelled folder, named as the README names them."""
     folder = copy_sources(tmp_path_factory.mktemp("copy"))
     write_tiles(folder / "tiles" / "slide", 8)
     for split in ("train", "test"):

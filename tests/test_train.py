@@ -762,6 +762,9 @@ def test_epochs_of_ones_own_tiles(tmp_path, run, tiles, capsys, steps, epochs):
     run(*TINY, "--steps", steps, "--stop-at", 1, "--data", tiles, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
     assert f"{steps:,} steps of 8 are {epochs} epochs of 12 tiles of {tiles}" in printed
+    # 300 epochs of 12 tiles are 3,600, in batches of 8
+    few = "few tiles, many times over: --steps 450 is 300 epochs"
+    assert (few in printed) == (steps > 450)
 
 
 def test_published_teachers_on_drawn_tissue(tmp_path, shallow, capsys):  # noqa: F811 - a fixture

@@ -1,14 +1,17 @@
 """Time and memory on hardware that was not at hand: counted on a CPU, not measured on a card.
 
-    python -m extras.benchmarks.hardware            20 s on a CPU: the README's estimated rows
-    python -m extras.benchmarks.hardware --tiny     the first row alone
+    python -m extras.benchmarks.hardware      four settings, minutes on a CPU
+    python -m extras.benchmarks.hardware --teachers midnight,openpath --tiles 4000 --card T4
+
+The second is for tiles of your own: steps, hours, memory, and the size of a cache.
 
 Time: operations of a tile (torch's FlopCounterMode, 2 for a multiply-add: forward of the teachers;
 forward and backward of student, heads and loss) over 40 % of the card's dense peak in fp16 or bf16.
 The 40 % are an assumption; gpu.py measures the share on a card. Memory at 64 tiles: what autograd
 keeps for the backward pass under bf16 autocast (counted on a CPU at 2 and 4 tiles, then a straight
 line); the teachers in bf16; student and heads with gradients and AdamW's moments in float32.
-Temporaries and the allocator's own share are not in it.
+Temporaries and the allocator's own share are not in it. Cache: what `python -m extras.cache` would
+write, and the hours with it: its teachers run once a tile instead of once a tile and epoch.
 """
 
 from typing import NamedTuple
@@ -16,31 +19,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data import make_parser, run_program
+from data import make_parser, name_list, positive, run_program
 from extras.benchmarks.gpu import THREE, count_operations
 from losses import nested_loss
 from student import Adaptors, Student, VisionTransformer, millions
-from teachers import TEACHERS
-from train import DEFAULTS
+from teachers import TEACHERS, check_names
+from train import DEFAULTS, MANY_EPOCHS
 
 SHARE = 0.4  # of the peak; an assumption
 TILES = 64  # a step
+PEAKS = {"T4": 65, "RTX 4090": 165, "A100": 312, "H100": 989}  # TFLOP/s, dense, as the makers say
 
 
-class Row(NamedTuple):
+class Setting(NamedTuple):
     card: str
-    peak: float  # TFLOP/s
     cards: int
     teachers: list[str]
     student: str
-    tiles: int  # in the whole run
+    tiles: int  # that there are
+    steps: int
+    batch_size: int
 
 
-ROWS = [
-    Row("T4", 65, 1, ["phikon", "kaiko_b16"], "vit_s", 20_000 * 64),
-    Row("RTX 4090", 165, 1, THREE, "vit_b", 100_000 * 64),
-    Row("H100, H200", 989, 1, THREE, "vit_b", 100_000 * 64),
-    Row("16 H100", 989, 16, THREE, "vit_b", 20_000 * 1024),
+SETTINGS = [
+    Setting("T4", 1, ["phikon", "kaiko_b16"], "vit_s", 100_000, 20_000, 64),
+    Setting("RTX 4090", 1, THREE, "vit_b", 1_000_000, 100_000, 64),
+    Setting("H100", 1, THREE, "vit_b", 1_000_000, 100_000, 64),
+    Setting("H100", 16, THREE, "vit_b", 1_000_000, 20_000, 1024),
 ]
 
 
@@ -88,22 +93,64 @@ def estimate_memory(names: list[str], arch: str) -> str:
     return f"{total:.1f} GB ({parts})"
 
 
+def cached_bytes(names: list[str], arch: str) -> int:
+    """What extras.cache keeps of a tile: a summary and the student's grid of patches, in fp16."""
+    tokens = 1 + Student(arch).grid ** 2
+    width = sum(TEACHERS[name].arch["width"] for name in names)
+    return 2 * tokens * width
+
+
+def estimate(setting: Setting, memory: str) -> list[str]:
+    """What a setting comes to, in lines. memory: of one card, see estimate_memory."""
+    teachers, own = count_operations(setting.teachers, setting.student)  # TFLOP a tile
+    rate = SHARE * PEAKS[setting.card] * setting.cards * 3600  # TFLOP an hour
+    seen = setting.steps * setting.batch_size
+    cached = min(seen, setting.tiles)
+    gigabytes = setting.tiles * cached_bytes(setting.teachers, setting.student) / 1e9
+    epochs = seen / setting.tiles
+    return [
+        f"{setting.cards} {setting.card}: {','.join(setting.teachers)} -> {setting.student}",
+        f"  {setting.tiles:,} tiles, {setting.steps:,} steps of {setting.batch_size}: "
+        f"{epochs:.1f} epochs",
+        f"  {teachers + own:.3f} TFLOP a tile, {teachers / (teachers + own):.0%} of it teachers: "
+        f"{seen * (teachers + own) / rate:.1f} h",
+        f"  with extras.cache: {gigabytes:.1f} GB on disk, "
+        f"{(cached * teachers + seen * own) / rate:.1f} h",
+        f"  at {TILES} tiles a pass: {memory}",
+    ]
+
+
+def read_setting(args) -> Setting:
+    """The setting that the flags describe: at most MANY_EPOCHS epochs of the tiles."""
+    check_names(args.teachers)
+    batch_size = DEFAULTS[args.student]["batch_size"]
+    steps = args.steps
+    if steps is None:
+        few = max(1, MANY_EPOCHS * args.tiles // batch_size)
+        steps = min(few, DEFAULTS[args.student]["steps"])
+    return Setting(args.card, 1, args.teachers, args.student, args.tiles, steps, batch_size)
+
+
 def main() -> None:
     """The command line."""
     parser = make_parser("python -m extras.benchmarks.hardware", __doc__)
-    parser.add_argument("--tiny", action="store_true", help="the first row alone")
+    parser.add_argument("--teachers", type=name_list, help="of teachers.py; asks for one setting")
+    parser.add_argument("--student", choices=["vit_s", "vit_b"], default="vit_s")
+    parser.add_argument("--tiles", type=positive, default=100_000, help="that you have")
+    text = f"(default: {MANY_EPOCHS} epochs, at most the student's own)"
+    parser.add_argument("--steps", type=positive, help=text)
+    parser.add_argument("--card", choices=PEAKS, default="T4")
+    parser.add_argument("--tiny", action="store_true", help="the first setting alone")
     args = parser.parse_args()
+    settings = SETTINGS[:1] if args.tiny else SETTINGS
+    if args.teachers:
+        settings = [read_setting(args)]
     memory = {}
-    for row in ROWS[:1] if args.tiny else ROWS:
-        teachers, own = count_operations(row.teachers, row.student)
-        tflop = teachers + own
-        hours = row.tiles * tflop / (SHARE * row.peak * row.cards) / 3600
-        setting = f"{','.join(row.teachers)} -> {row.student}"
-        if setting not in memory:
-            memory[setting] = estimate_memory(row.teachers, row.student)
-        print(f"{row.card}: {setting}, {row.tiles:,} tiles: {tflop:.3f} TFLOP a tile,", end=" ")
-        share = teachers / tflop
-        print(f"{share:.0%} of it teachers; {hours:.1f} h; {memory[setting]}", flush=True)
+    for setting in settings:
+        models = (*setting.teachers, setting.student)
+        if models not in memory:
+            memory[models] = estimate_memory(setting.teachers, setting.student)
+        print("\n".join(estimate(setting, memory[models])), flush=True)
 
 
 if __name__ == "__main__":
