@@ -1,6 +1,7 @@
 """The exercises' code as it stands in EXERCISES.md, run with a tiny budget, in forked processes."""
 
 import importlib
+import inspect
 import json
 import re
 import shutil
@@ -12,12 +13,14 @@ import torch
 from conftest import ROOT, oracle, write_tiles
 from forks import python as fork
 
+import losses
+import train
 from data import TissueTiles
 from evaluate import embed, knn, labelled_files, load_student
 
 TEXT = (ROOT / "EXERCISES.md").read_text()
 TINY = "--steps 8 --teacher-steps 2 --batch-size 4 --stats-tiles 32 --log-every 1 --device cpu"
-SECTIONS = dict(re.findall(r"^## (\d)\. (.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
+SECTIONS = dict(re.findall(r"^## (\d+)\. (.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
 
 
 def code(exercise: str) -> list[str]:
@@ -73,18 +76,29 @@ def log(folder, run: str) -> list[dict]:
     ]
 
 
-def test_eight_exercises_each_with_files_command_result_and_reason():
-    assert list(SECTIONS) == list("12345678")
+def test_ten_exercises_each_with_goal_files_command_result_and_reason():
+    assert list(SECTIONS) == [str(number) for number in range(1, 11)]
     for section in SECTIONS.values():
-        assert all(
-            word in section
-            for word in ("**Files**", "**Run**", "**What should come out.**", "**Why.**")
-        )
+        places = []
+        for word in ("**Goal**", "**Files**", "**Run**", "**What should come out.**", "**Why.**"):
+            places.append(section.index(word))
+        assert places == sorted(places)
+    for line in TEXT.splitlines():
+        assert len(line) <= 110, line
+
+
+def test_the_list_at_the_top_leads_to_every_exercise():
+    titles = {number: section.splitlines()[0] for number, section in SECTIONS.items()}
+    listed = re.findall(r"^\| (\d+) \| \[(.+?)\]\(#(.+?)\)", TEXT, re.MULTILINE)
+    assert {number: title for number, title, _ in listed} == titles
+    for number, title, anchor in listed:  # as GitHub makes anchors of headings
+        words = re.sub(r"[^\w\s-]", "", f"{number}. {title}".lower())
+        assert anchor == words.replace(" ", "-")
 
 
 def test_random_projections_against_nesting(demo):
     [script] = code("1")
-    assert script.count("draw(1024)") == 1
+    assert script.count("draw(1024)") == 2
     (demo / "cuts.py").write_text(script.replace("draw(1024)", "draw(96)"))
     rows = re.findall(
         r"(\d) channels, (\w+): cells ([\d.]+)%, tissue ([\d.]+)%", python(demo, "cuts.py")
@@ -181,3 +195,72 @@ def test_grouped_splits(tmp_path):
         sum(len(files) for files, _ in found.values()) == 40
         and not slides["train"] & slides["test"]
     )
+
+
+def test_stain_jitter(copy):
+    """Only what the student sees is changed, within [0, 1], and by nothing where sigma is 0."""
+    [function] = code("7")
+    loop = inspect.getsource(train.train)
+    assert loop.count("predictions = model(images)") == 1
+    assert "`predictions = model(stain_jitter(images))`" in SECTIONS["7"]
+    loop = loop.replace("model(images)", "model(stain_jitter(images))")
+
+    def patch():
+        exec(function + "\n\n" + loop, vars(train))
+
+    plain = python(copy, "train.py", "--out", "runs/plain", *TINY.split())
+    changed = python(copy, "train.py", "--out", "runs/jitter", *TINY.split(), patch=patch)
+    assert "step 8/8" in plain and "step 8/8" in changed
+    assert log(copy, "plain")[0]["loss"] != log(copy, "jitter")[0]["loss"]
+
+    names = dict(vars(train))
+    exec(function, names)
+    images = torch.arange(0, 255, dtype=torch.uint8).repeat(3, 1)[None, :, None]  # (1, 3, 1, 255)
+    seen = names["stain_jitter"](images, 0.4)
+    assert 0 < seen.min() and seen.max() <= 1
+    same = names["stain_jitter"](images, 0.0)
+    assert (same - images / 255).abs().max() < 1 / 255
+
+
+def test_another_optimiser(copy):
+    """In place of the last two lines of make_optimizer; a resume has its state."""
+    [two_lines] = code("9")
+    assert len(two_lines.splitlines()) == 2
+    *kept, fused, adamw = inspect.getsource(train.make_optimizer).splitlines()
+    assert fused.strip().startswith("fused =") and "AdamW" in adamw
+
+    def patch():
+        exec("\n".join([*kept, two_lines]), vars(train))
+
+    flags = ["--out", "runs/sgd", "--lr", "0.1", *TINY.split()]
+    python(copy, "train.py", *flags, "--stop-at", "4", patch=patch)
+    python(copy, "train.py", "--resume", "runs/sgd", "--stop-at", "8", patch=patch)
+    state = torch.load(copy / "runs/sgd/last.pt", weights_only=True)["optimizer"]
+    assert [group["weight_decay"] for group in state["param_groups"]] == [5e-4, 0.0]
+    assert all(group["momentum"] == 0.9 for group in state["param_groups"])
+    assert "momentum_buffer" in state["state"][0]
+    assert log(copy, "sgd")[-1]["step"] == 8
+
+
+def test_which_prefix_should_count(copy):
+    """The loss is the sum of its logged terms with the weights of the exercise, not with ones."""
+    [line] = code("10")
+    source = inspect.getsource(losses.nested_loss)
+    [plain] = re.findall(r"^ +w_m = 1\.0\b.*\n", source, re.MULTILINE)
+
+    def patch():
+        exec(source.replace(plain, line), vars(losses))
+        train.nested_loss = losses.nested_loss
+
+    python(copy, "train.py", "--out", "runs/first", *TINY.split(), patch=patch)
+    weighted = 0.0
+    alike = 0.0
+    terms = log(copy, "first")[0]["terms"]
+    for m in (2, 4, 8, 16, 48):
+        for t in ("toy_cells", "toy_tissue"):
+            loss = 1 - terms[f"{t}/summary_cos@{m}"] + 0.9 * (1 - terms[f"{t}/patch_cos@{m}"])
+            loss += 0.1 * terms[f"{t}/patch_l1@{m}"]
+            alike += loss
+            weighted += (4.0 if m == 2 else 0.25) * loss
+    assert log(copy, "first")[0]["loss"] == pytest.approx(weighted, rel=1e-5)
+    assert weighted != pytest.approx(alike, rel=1e-3)
