@@ -971,11 +971,16 @@ def compare(pairs: dict, tallies: dict[Figure, Tally], groups: Tensor, seed: int
                 verdict = "above"
             elif high < 0:
                 verdict = "below"
-            bounds = f"({100 * low:.1f} to {100 * high:.1f})"
-            text = f"{words}: {100 * difference:+.1f} {bounds}: {verdict}"
+            bounds = f"({per_cent(low):.1f} to {per_cent(high):.1f})"
+            text = f"{words}: {per_cent(difference):+.1f} {bounds}: {verdict}"
             found.append({"label": label, "task": task, "metric": metric, "text": text})
             found[-1] |= {"difference": difference, "low": low, "high": high, "verdict": verdict}
     return found
+
+
+def per_cent(share: float) -> float:
+    """With one digit after the point, and no -0.0."""
+    return round(100 * share, 1) + 0.0
 
 
 # ---- from tiles to rows --------------------------------------------------------------------------

@@ -458,9 +458,8 @@ def known_classes(tiles: list[Tile]) -> list[Tile]:
 def write_layout(out: Path, top: str, kind: str, tiles: list[Tile], threshold: int | None) -> None:
     """OUT, whole or not at all: made beside, under a hidden name, and then renamed."""
     unfinished = out.parent / f".{out.name}.unfinished"
-    shutil.rmtree(
-        unfinished, ignore_errors=True
-    )  # of a run that was stopped; links are not followed
+    # what a run that was stopped left; links in it are not followed
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
         if kind == "class":

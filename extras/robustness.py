@@ -424,7 +424,7 @@ def draw_result(result: dict, title: str, file: Path) -> None:
         else:
             chance = 100 * result["chance"][label]
             set_scale(panels, chance)
-            panels[0].set_ylabel(figures.readable(f"{label}: kNN,\nbalanced accuracy, %"))
+            panels[0].set_ylabel(figures.readable(f"{label}, balanced kNN, %"))
     lines = grid[0][0].get_lines()
     names = [figures.readable(f"{model}, {dim} channels") for model, dim in columns]
     names.append("chance")

@@ -133,7 +133,7 @@ def test_groups_stay_on_one_side(tmp_path, make):
 
 
 def test_groups_of_unequal_size_and_mixed_classes(tmp_path, make):
-    """Near the share as far as whole groups can be, each class on both sides."""
+    """Within half of the share, 60 tiles, though one group alone has 61."""
     rng = np.random.default_rng(0)
     patient = rng.choice(12, 300, p=np.arange(1, 13) / 78)
     for i in range(300):
@@ -145,7 +145,7 @@ def test_groups_of_unequal_size_and_mixed_classes(tmp_path, make):
         _, found = make(tmp_path / "SRC", "--group", r"P\d+", "--seed", seed)
         (tmp_path / "OUT").rename(tmp_path / f"OUT{seed}")
         n = {split: len(files) for split, (files, _) in found.items()}
-        assert n["train"] + n["test"] == 300 and 30 <= n["test"] <= 75
+        assert n["train"] + n["test"] == 300 and 30 <= n["test"] <= 90
         of = {split: set(targets["group"]) for split, (_, targets) in found.items()}
         assert not of["train"] & of["test"]
 
