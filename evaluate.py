@@ -572,8 +572,8 @@ def mean_ratio(part: Tensor, whole: Tensor) -> Tensor:
     return (part / whole).nanmean(-1)  # 0 / 0: a class of which a resample has no tile
 
 
-def numbers(tallies: dict[str, Tally]) -> dict[str, float]:
-    """The figures themselves."""
+def figures_of(tallies: dict[str, Tally]) -> dict[str, float]:
+    """What tiles were tallied for: {metric: value}."""
     found = {}
     for metric, tally in tallies.items():
         found[metric] = mean_ratio(tally.part.sum(0), tally.whole.sum(0)).item()
@@ -596,12 +596,12 @@ def tally_answers(predicted: Tensor, truth: Tensor) -> dict[str, Tally]:
 
 def accuracies(predicted: Tensor, truth: Tensor) -> dict[str, float]:
     """Of labels (n,): balanced_accuracy, the mean over the classes of `truth`, and accuracy."""
-    return numbers(tally_answers(predicted, truth))
+    return figures_of(tally_answers(predicted, truth))
 
 
 def knn(*problem: Tensor, k: int = 20) -> dict[str, float]:
     """train_x (n, D), train_y (n,), test_x (q, D), test_y (q,) -> figures; see tally_knn."""
-    return numbers(tally_knn(*problem, k=k))
+    return figures_of(tally_knn(*problem, k=k))
 
 
 def tally_knn(
@@ -617,7 +617,7 @@ def tally_knn(
 
 def retrieval(*problem: Tensor) -> dict[str, float]:
     """As knn; see tally_retrieval."""
-    return numbers(tally_retrieval(*problem))
+    return figures_of(tally_retrieval(*problem))
 
 
 def tally_retrieval(
@@ -639,7 +639,7 @@ def tally_retrieval(
 
 def adaptive_retrieval(*problem: Tensor | int, shortlist: int = SHORTLIST) -> dict[str, float]:
     """As knn, then the dim; see tally_adaptive."""
-    return numbers(tally_adaptive(*problem, shortlist=shortlist))
+    return figures_of(tally_adaptive(*problem, shortlist=shortlist))
 
 
 def tally_adaptive(
@@ -719,7 +719,7 @@ def fit_linear(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def linear_probe(*problem: Tensor) -> dict[str, float]:
     """As knn; see tally_linear."""
-    return numbers(tally_linear(*problem))
+    return figures_of(tally_linear(*problem))
 
 
 def tally_linear(
@@ -733,7 +733,7 @@ def tally_linear(
 
 def dense_probe(*problem: Tensor) -> dict[str, float]:
     """train_x (n, N, D), train_y (n, S, S), then of the test tiles -> figures; see tally_dense."""
-    return numbers(tally_dense(*problem))
+    return figures_of(tally_dense(*problem))
 
 
 def tally_dense(
@@ -952,15 +952,17 @@ def compare(pairs: dict, tallies: dict[Figure, Tally], groups: Tensor, seed: int
 
     Of the tiles that `resample` adds, either model has one right that the other has wrong.
     """
-    values = numbers(tallies)
-    measures = {}
-    for figure in tallies:
-        measures.setdefault(figure.label, figure[2:])  # label, task, metric
-    firsts = {figure: tallies[figure] for figure in tallies if figure[2:] in measures.values()}
+    values = figures_of(tallies)
+    first = {}  # {label: (task, metric)}
+    firsts = {}  # the tallies of these
+    for figure, tally in tallies.items():
+        first.setdefault(figure.label, (figure.task, figure.metric))
+        if first[figure.label] == (figure.task, figure.metric):
+            firsts[figure] = tally
     draws = resample(firsts, groups, seed)
     other_draws = resample(firsts, groups, seed, right=(1, 0, 1, 0))
     found = []
-    for label, task, metric in measures.values():
+    for label, (task, metric) in first.items():
         for words, (one, other) in pairs.items():
             one = Figure(*one, label, task, metric)
             other = Figure(*other, label, task, metric)
@@ -1021,6 +1023,7 @@ def run_tasks(
         for name, (_, dims) in group.items():
             for dim in dims:
                 tallies |= score(name, dim, plan, train, test)
+    # From here on only labels and groups are needed, and these are the same at every size
     tallies |= score(CHANCE, BASELINES[CHANCE], plan, train, test)
     left_out += drop_meaningless(tallies, train)
     draws = resample(tallies, test["group"], seed)
@@ -1180,7 +1183,7 @@ def make_rows(
         rows[name, dim] = {"model": name, "parameters": 0}
     for (_, dim), row in rows.items():
         row |= {"dim": dim, "n": n, "scores": {}, "intervals": {}}
-    for figure, value in numbers(tallies).items():
+    for figure, value in figures_of(tallies).items():
         row = rows[figure.model, figure.dim]
         scores = row["scores"].setdefault(figure.label, {}).setdefault(figure.task, {})
         scores[figure.metric] = value
@@ -1391,8 +1394,12 @@ def embed_tiles(args: Namespace) -> None:
     write_embeddings(student, config, args.embed, dim, args.half, args.out)
 
 
-def evaluate_runs(args: Namespace) -> None:
-    """The program without --embed: a table of students and teachers, printed first, then saved."""
+def load_models(args: Namespace) -> dict[str, tuple[nn.Module, list[int]]]:
+    """What is evaluated -> {name: (student or teacher, dims)}, on the device.
+
+    args: runs, dims (None: each run's nested ones), teachers (None: the last run's offline ones),
+    weights_dir, device.
+    """
     device = choose_device(args.device)[0]
     models = {}
     for run in args.runs:
@@ -1408,7 +1415,12 @@ def evaluate_runs(args: Namespace) -> None:
     for name in teachers:
         teacher = load_teacher(name, args.weights_dir, device, **recipe)
         models[f"teacher {name}"] = (teacher, [teacher.embed_dim])
-    result = run_tasks(models, args.data, args.seed, args.tasks)
+    return models
+
+
+def evaluate_runs(args: Namespace) -> None:
+    """The program without --embed: a table of students and teachers, printed first, then saved."""
+    result = run_tasks(load_models(args), args.data, args.seed, args.tasks)
     print_result(result)
     problems = []
     for folder in result_folders(args.runs, args.out):

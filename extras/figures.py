@@ -309,7 +309,7 @@ def draw_scores(title: str, rows: list[dict], file: Path) -> None:
     handles = {}
     for row, label in enumerate(labels):
         tasks = [panel for panel in panels if panel[0] == label]
-        for axes, panel in zip(grid[row], tasks, strict=False):
+        for axes, panel in zip(grid[row], tasks, strict=False):  # a label may have fewer tasks
             axes.set_axis_on()
             axes.set_title(readable(f"{label}: {panel[1]}"), fontsize="medium")
             for model, points in panels[panel].items():

@@ -51,7 +51,6 @@ import evaluate
 from data import batches, make_parser, name_list, natural, path, run_program, save_atomically
 from extras import figures
 from student import InputError, truncate
-from teachers import OFFLINE, choose_device, find_weights, load_teacher
 
 TILES = 1024  # of drawn tissue, in the bank and again to test on
 SIZE = 224  # pixels a side of the tiles that lengths are given for
@@ -467,22 +466,6 @@ def line_styles(columns: list[tuple[str, int]]) -> dict[tuple[str, int], dict]:
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def load_models(args: Namespace) -> dict[str, tuple[nn.Module, list[int]]]:
-    """The student at its nested dims, and the teachers that evaluate.py would take, at theirs."""
-    device = choose_device(args.device)[0]
-    student, config = evaluate.load_student(args.run)
-    models = {args.run: (student.to(device), config["nested_dims"])}
-    teachers = args.teachers
-    if teachers is None:
-        teachers = [name for name in config["teachers"] if name in OFFLINE]
-    recipe = config.get("teacher_recipe", {})
-    find_weights(teachers, args.weights_dir)  # names all that are missing at once
-    for name in teachers:
-        teacher = load_teacher(name, args.weights_dir, device, **recipe)
-        models[f"teacher {name}"] = (teacher, [teacher.embed_dim])
-    return models
-
-
 def main() -> None:
     """The command line."""
     parser = make_parser("python -m extras.robustness", __doc__)
@@ -502,7 +485,8 @@ def main() -> None:
         out = out.parent  # RUN is a student.pt
     file = out / "robustness.json"
     read_results(file)  # what is in the way is found before the work, not after
-    result = measure(load_models(args), args.data, args.seed)
+    models = evaluate.load_models(Namespace(runs=[args.run], dims=None, **vars(args)))
+    result = measure(models, args.data, args.seed)
     print_result(result)
     title = args.data or evaluate.DRAWN
     save_result(result, title, file)

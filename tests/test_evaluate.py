@@ -501,7 +501,7 @@ def as_masks(confusion):
 
 
 def overlap(confusion):
-    return evaluate.numbers(evaluate.tally_overlap(*as_masks(confusion)))
+    return evaluate.figures_of(evaluate.tally_overlap(*as_masks(confusion)))
 
 
 def test_overlap_of_hand_computed_confusions():
@@ -545,9 +545,9 @@ def test_overlap_equals_sets_of_pixels(void):
     truth = torch.from_numpy(rng.choice(np.array([0, 1, 3, 255], np.uint8), (5, 4, 4)))
     predicted = torch.from_numpy(rng.choice(np.array([0, 1, 2, 3], np.uint8), (5, 4, 4)))
     predicted[truth != 255] = predicted[truth != 255].clamp(max=1)  # 2 and 3 stand there alone
-    found = evaluate.numbers(evaluate.tally_overlap(predicted, truth, void))
+    found = evaluate.figures_of(evaluate.tally_overlap(predicted, truth, void))
     assert found == pytest.approx(plain_overlap(predicted, truth, void))
-    other = evaluate.numbers(evaluate.tally_overlap(predicted, truth, 254 - void))
+    other = evaluate.figures_of(evaluate.tally_overlap(predicted, truth, 254 - void))
     assert found != pytest.approx(other)
 
 
@@ -925,14 +925,14 @@ def test_chance_knows_the_most_frequent_class_of_train():
     train_y = torch.tensor([0, 1, 1, 1, 2, 2])
     test_y = torch.tensor([0, 0, 1, 2])
     for task in ("knn", "linear"):
-        found = evaluate.numbers(evaluate.tally_chance(task, train_y, test_y))
+        found = evaluate.figures_of(evaluate.tally_chance(task, train_y, test_y))
         assert found == pytest.approx({"balanced_accuracy": 1 / 3, "accuracy": 1 / 4})
-    found = evaluate.numbers(evaluate.tally_chance("retrieval", train_y, test_y))
+    found = evaluate.figures_of(evaluate.tally_chance("retrieval", train_y, test_y))
     for n in (1, 3, 5):  # n tiles of the bank, any of them: how often one is of the query's class
         hits = [1 - (5 / 6) ** n, 1 - (5 / 6) ** n, 1 - (1 / 2) ** n, 1 - (2 / 3) ** n]
         assert found[f"Acc@{n}"] == pytest.approx(sum(hits) / 4)
     masks = torch.tensor([[[3, 3], [3, 5]], [[255, 255], [255, 255]]], dtype=torch.uint8)
-    found = evaluate.numbers(evaluate.tally_chance("dense", masks, masks))
+    found = evaluate.figures_of(evaluate.tally_chance("dense", masks, masks))
     assert found == pytest.approx({"mIoU": 3 / 4 / 2, "Dice": 6 / 7 / 2})
 
 

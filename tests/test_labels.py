@@ -148,6 +148,18 @@ def test_groups_of_unequal_size_and_mixed_classes(tmp_path, make):
         assert n["train"] + n["test"] == 300 and 30 <= n["test"] <= 90
         of = {split: set(targets["group"]) for split, (_, targets) in found.items()}
         assert not of["train"] & of["test"]
+        # and no group of train could go to test and bring the classes nearer to their shares
+        counts = defaultdict(Counter)
+        for files, targets in found.values():
+            for file, group in zip(files, targets["group"], strict=True):
+                counts[group][Path(file).parent.name] += 1
+        wanted = {label: 0.2 * sum(counts[group][label] for group in counts) for label in "ab"}
+        tested = sum((counts[group] for group in of["test"]), Counter())
+
+        def away(tested, wanted=wanted):
+            return sum(abs(wanted[label] - tested[label]) for label in "ab")
+
+        assert all(away(tested + counts[group]) >= away(tested) for group in of["train"])
 
 
 def test_the_class_may_be_anywhere_in_the_path(tmp_path, make, refused):

@@ -42,6 +42,11 @@ def copy(tmp_path_factory):
     return folder
 
 
+def form(line):
+    """A line of the table without its figures, dims apart."""
+    return re.sub(r"\d+\.\d+", "0", " ".join(line.split()))
+
+
 def test_all_commands_in_order(copy):
     seen = []
     for command in commands():
@@ -68,6 +73,11 @@ def test_all_commands_in_order(copy):
                 if re.match(r"student toy: |teacher toy_\w+: ", line):
                     shown.append(line)
             assert len(shown) == 1 and set(shown) <= set(out.splitlines())
+            rows = [line for line in blocks("text")[0].splitlines() if " less " not in line][2:]
+            assert len(rows) == 3  # of the table: in the form of today's, with other figures
+            assert {form(row) for row in rows} <= {form(line) for line in out.splitlines()}
+            [difference] = re.findall(r"^.* less .*?:", blocks("text")[0], re.MULTILINE)
+            assert any(line.startswith(difference) for line in out.splitlines())
     assert seen.count("evaluate.py") >= 2 and seen.count("train.py") >= 3
     assert (copy / "runs/demo/student.pt").exists() and (copy / "runs/demo/results.json").exists()
 

@@ -71,7 +71,7 @@ def measure(task: str, sizes: dict[str, int]) -> None:
     before = memory("VmRSS")
     began = time.monotonic()
     cpu_began = time.process_time()
-    metrics = evaluate.numbers(evaluate.TASKS[task](*problem, **options))
+    metrics = evaluate.figures_of(evaluate.TASKS[task](*problem, **options))
     seconds = time.monotonic() - began
     cpu_seconds = time.process_time() - cpu_began
     above = memory("VmHWM") - before

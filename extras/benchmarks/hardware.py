@@ -14,6 +14,7 @@ Temporaries and the allocator's own share are not in it. Cache: what `python -m 
 write, and the hours with it: its teachers run once a tile instead of once a tile and epoch.
 """
 
+from argparse import Namespace
 from typing import NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ def estimate(setting: Setting, memory: str) -> list[str]:
     ]
 
 
-def read_setting(args) -> Setting:
+def read_setting(args: Namespace) -> Setting:
     """The setting that the flags describe: at most MANY_EPOCHS epochs of the tiles."""
     check_names(args.teachers)
     batch_size = DEFAULTS[args.student]["batch_size"]
