@@ -1,6 +1,6 @@
 """What an extraction costs: tiles a second from a folder to embeddings, ours and timm's.
 
-    OMP_NUM_THREADS=2 python -m extras.benchmarks.extraction                     six minutes or so
+    OMP_NUM_THREADS=2 python -m extras.benchmarks.extraction                     25 minutes or so
     python -m extras.benchmarks.extraction --device cuda --tiles 8192            on a GPU
     python -m extras.benchmarks.extraction toy --tiles 8 --rounds 1              shows that it runs
 

@@ -206,13 +206,20 @@ def deviation(values: np.ndarray) -> float:
     return values.std(ddof=1) if len(values) > 1 else 0.0
 
 
+def mean_and_sd(values: np.ndarray) -> str:
+    """As text; the mean alone of one seed, which tells nothing of how others would do."""
+    if len(values) == 1:
+        return f"{values.item():.1f}"
+    return f"{values.mean():.1f} ± {deviation(values):<4.1f}"
+
+
 def report(scores: list[dict[Key, float]]) -> Values:
     """Print every number, mean and standard deviation over the seeds."""
     values = {}
     for key in scores[0]:
         values[key] = np.array([of_seed[key] for of_seed in scores])
     columns = sorted({key[2:] for key in values})
-    heading = f"mean ± sd of {len(scores)} seeds, %"
+    heading = f"mean ± sd of {len(scores)} seeds, %" if len(scores) > 1 else "one seed, %"
     line = f"\n{heading:36}{'dim':>5}"
     for label, probe in columns:
         line += f"{label + ' ' + probe:>16}"
@@ -220,8 +227,7 @@ def report(scores: list[dict[Key, float]]) -> Values:
     for name, m in dict.fromkeys(key[:2] for key in values):
         line = f"{name:36}{m:>5}"
         for label, probe in columns:
-            value = values[name, m, label, probe]
-            line += f"{value.mean():>10.1f} ± {deviation(value):<3.1f}"
+            line += f"{mean_and_sd(values[name, m, label, probe]):>16}"
         print(line)
     return values
 
@@ -232,7 +238,7 @@ def check(text: str, difference: np.ndarray, least: float, strictly: bool = Fals
     holds = mean > least if strictly else mean >= least
     wanted = f"{'>' if strictly else '>='} {least:g}"
     word = "yes" if holds else "NO"
-    print(f"  {text:66}{mean:>7.1f} ± {deviation(difference):<4.1f}  wanted {wanted:8} {word}")
+    print(f"  {text:66}{mean_and_sd(difference):>14}  wanted {wanted:8} {word}")
     return bool(holds)
 
 
