@@ -341,9 +341,9 @@ def list_tiles(roots, flag: str = "--data") -> tuple[str, list[str]]:
                 continue
             visited.add(real)
             below[:] = sorted(name for name in below if not is_hidden(name))
-            inside = (
-                "" if folder == top else os.path.relpath(folder, top).replace(os.sep, "/") + "/"
-            )
+            inside = ""
+            if folder != top:
+                inside = os.path.relpath(folder, top).replace(os.sep, "/") + "/"
             tiles += [inside + name for name in files if is_tile(name)]
     if not tiles:
         named = ", ".join(roots)
