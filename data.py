@@ -313,11 +313,20 @@ def is_hidden(folder: str) -> bool:
     return folder.startswith(".") or folder in SYSTEM_FOLDERS
 
 
-def list_tiles(roots, flag: str = "--data") -> tuple[str, list[str]]:
+def folders_of_tiles(names: list[str], with_masks: bool) -> list[str]:
+    """The folders of a folder that may hold tiles, sorted."""
+    names = sorted(name for name in names if not is_hidden(name))
+    if "images" in names and "masks" in names and not with_masks:
+        names.remove("masks")
+    return names
+
+
+def list_tiles(roots, flag: str = "--data", with_masks: bool = False) -> tuple[str, list[str]]:
     """List all images below one or several folders.
 
     Returns the folder around them all, and the images' names relative to it, sorted, with "/".
-    Links to folders are followed, once each. InputError, which names `flag`: a folder is missing,
+    Links to folders are followed, once each. A folder masks/ beside images/ holds labels, not
+    tiles, and is left out unless with_masks. InputError, which names `flag`: a folder is missing,
     cannot be read, or there are no images.
     """
     roots = sorted({os.path.abspath(root) for root in as_list(roots)})
@@ -340,7 +349,7 @@ def list_tiles(roots, flag: str = "--data") -> tuple[str, list[str]]:
                 below.clear()
                 continue
             visited.add(real)
-            below[:] = sorted(name for name in below if not is_hidden(name))
+            below[:] = folders_of_tiles(below, with_masks)
             inside = ""
             if folder != top:
                 inside = os.path.relpath(folder, top).replace(os.sep, "/") + "/"

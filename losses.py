@@ -1,7 +1,7 @@
 """The method: what the student has to predict, and how far off it is at every nested dim.
 
     z         tokens of the student: one summary (CLS) and N patches, of width D
-    z[:m]     their first m channels
+    z[:m]     the first m channels of each token
     h_{t,m}   the adaptors of teacher t at dim m, a head for the summary and one for the patches:
               they predict teacher t's tokens from z[:m]
     y_t       teacher t's tokens, standardised: statistics are measured once, then frozen
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from student import InputError, Tokens
+from student import InputError, Tokens  # Tokens: {"summary": (B, D), "patches": (B, N, D)}
 
 # ---- the targets: teachers' tokens, standardised ----
 
@@ -202,7 +202,7 @@ def token_loss(h: Tokens, y: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
 
     h and y: {"summary": (B, D_t), "patches": (B, N, D_t)}; h in any floating dtype, y in float32.
     -> (0-dim loss, parts {name: 0-dim tensor} for the log). The names of parts are free: train.py
-    logs them all, and shows those that end in "_cos".
+    writes them all to log.jsonl; the screen has room for those that end in "_cos".
     """
     summary_cos = cosine(h["summary"].float(), y["summary"]).mean()
     patch_cos = cosine(h["patches"].float(), y["patches"]).mean()

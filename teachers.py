@@ -653,6 +653,8 @@ def is_square(n: int) -> bool:
 
 # ---- loading them strictly ----
 
+ANOTHER_MODEL = "put the right file there, or mend the entry or the --student that it has to fit"
+
 
 def load_strictly(model: nn.Module, state: dict, source: str) -> None:
     """Give a model, possibly on the meta device, exactly the tensors of `state`.
@@ -660,9 +662,7 @@ def load_strictly(model: nn.Module, state: dict, source: str) -> None:
     InputError: tensors are missing, left over or of another shape, or have unfit values.
     """
     if not isinstance(state, dict):
-        raise InputError(
-            f"{source} holds another model: no dict of tensors; put the right file there"
-        )
+        raise InputError(f"{source} holds another model: no dict of tensors; {ANOTHER_MODEL}")
     expected = model.state_dict()
     refuse_differences(expected, state, source)
     for key, tensor in state.items():
@@ -695,8 +695,7 @@ def refuse_differences(expected: dict[str, Tensor], state: dict, source: str) ->
     if count:
         some = "; ".join(reshaped[:2] + missing[:2] + surplus[:2])
         raise InputError(
-            f"{source} holds another model: {count} tensors differ, first {some}; "
-            "put the right file there"
+            f"{source} holds another model: {count} tensors differ, first {some}; {ANOTHER_MODEL}"
         )
 
 
@@ -725,9 +724,7 @@ def load_published(
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         # of odd shapes or keys; torch's own messages have several lines
         reason = str(error).split("\n")[0]
-        raise InputError(
-            f"{source} holds another model: {reason}; put the right file there"
-        ) from None
+        raise InputError(f"{source} holds another model: {reason}; {ANOTHER_MODEL}") from None
     load_strictly(vit, state, source)
     return content
 
@@ -773,6 +770,11 @@ def load_init(
     """
     if init in TEACHERS and init not in OFFLINE:
         spec = TEACHERS[init]
+        if spec.arch["width"] != vit.width:  # said before its file is asked for
+            raise InputError(
+                f"--init: {init} is {spec.arch['width']} channels wide, the student {vit.width}; "
+                "give another --student (dinov2_s fits vit_s, dinov2_b vit_b)"
+            )
         file = find_weights([init], weights_dir)[init]
         load_published(vit, file, f"--init: {file}", antialias=spec.antialias)
         return {init: spec.licence}
@@ -953,7 +955,7 @@ def main() -> None:
     parser.add_argument("--device", type=path, help="cuda, mps or cpu (default: the best at hand)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     parser.add_argument("--open", action="store_true", help="list only those that need no request")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # NAME and TILE may stand apart, with flags between
     if args.name is None:
         list_teachers(args.weights_dir, args.open)
     else:

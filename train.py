@@ -106,7 +106,7 @@ def train(
     teachers: {name: frozen teacher}, {} where the tiles bring their outputs
     standardizers: raw outputs of the teachers -> targets
     model: images -> predictions {m: {teacher: tokens}}; student and adaptors in a row
-    scaler, autocast: do nothing in fp32; the scaler works in fp16 alone
+    scaler, autocast: idle in fp32; the scaler works in fp16 alone
     grid: patches a side of the student
     save: writes a checkpoint, given the number of completed steps
     """
@@ -117,15 +117,15 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # here, for the gradients of all passes of a step add up
         step_loss = torch.zeros((), device=device)
         for micro_step in range(args.accumulate):
             batch = next(tiles)
-            images = batch["image"].to(device, non_blocking=True).contiguous()  # (B, 3, H, W)
+            images = to_device(batch["image"], device)  # (B, 3, H, W)
             outputs = teacher_outputs(batch, images, teachers, grid)
             targets = standardizers(outputs)
 
-            # DDP averages gradients over processes, once a step; without DDP this does nothing
+            # DDP asks in the forward, and averages gradients once a step; without DDP it is idle
             model.require_backward_grad_sync = micro_step == args.accumulate - 1
             with autocast:
                 predictions = model(images)
@@ -147,9 +147,14 @@ def train(
             numbers["grad_norm"] = grad_norm.item()
             stop_if_not_finite(done, numbers, scaler, args.out)
         if log_now and is_process_0():
-            log(args, done, steps.stop, numbers, terms, clock)
+            log(args, done, steps.stop, numbers, terms, clock)  # terms: those of the last pass
         if save_now and is_process_0():
             save(done)
+
+
+def to_device(images: Tensor, device: torch.device) -> Tensor:
+    """Images (B, 3, H, W). The loader's lie in memory as (B, H, W, 3): the device turns them."""
+    return images.to(device, non_blocking=True).contiguous()
 
 
 def teacher_outputs(
@@ -183,8 +188,8 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
         {"params": decay, "weight_decay": 0.05},
         {"params": no_decay, "weight_decay": 0.0},
     ]
-    fused = decay[0].device.type != "mps"  # all parameters in one kernel; not on Apple's GPU
-    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=fused)
+    # fused: all parameters in one kernel, and no wait for the device in fp16; not on Apple's GPU
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=decay[0].device.type != "mps")
 
 
 def warmup_steps(steps: int) -> int:
@@ -229,10 +234,10 @@ def main(args: argparse.Namespace, source: Source | None = None) -> None:
         if source is None:
             source = make_source(args, student, device, dtype)
         teachers = {} if source.has_outputs else load_teachers(args, device, dtype)
-    introduce_run(args, source, student, world)
-
     model = nn.Sequential(student, adaptors)
     optimizer = make_optimizer(model, args.lr)
+    introduce_run(args, source, student, optimizer, world)
+
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"student": student, "adaptors": adaptors, "standardizers": standardizers}
     parts |= {"optimizer": optimizer, "scaler": scaler}
@@ -309,7 +314,7 @@ def raw_outputs(
     tiles: Iterator[dict], teachers: dict[str, Teacher], device: torch.device, grid: int
 ) -> Iterator[dict[str, Tokens]]:
     for batch in tiles:
-        images = batch["image"].to(device).contiguous()
+        images = to_device(batch["image"], device)
         yield teacher_outputs(batch, images, teachers, grid)
 
 
@@ -513,7 +518,13 @@ def introduce_student(
     say(f"student {args.student}: {size}, {dims}, on {device} in {dtype}")
 
 
-def introduce_run(args: argparse.Namespace, source: Source, student: Student, world: int) -> None:
+def introduce_run(
+    args: argparse.Namespace,
+    source: Source,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    world: int,
+) -> None:
     """What follows from the flags: teachers, licences, tiles, epochs, what is enlarged."""
     for t in args.teachers:
         arch = TEACHERS[t].arch
@@ -532,8 +543,9 @@ def introduce_run(args: argparse.Namespace, source: Source, student: Student, wo
     if epochs > MANY_EPOCHS:
         fewer = MANY_EPOCHS * len(source) // args.batch_size
         say(f"  few tiles, many times over: --steps {max(1, fewer)} is {MANY_EPOCHS} epochs")
+    warmup = warmup_steps(args.steps)
     say(
-        f"AdamW, rate up to {args.lr:g} over {warmup_steps(args.steps):,} steps, "
+        f"{type(optimizer).__name__}, rate up to {args.lr:g} over {warmup:,} steps, "
         f"then down a cosine; standardised by: {args.standardize}"
     )
     say(f"on {world} process(es), into {args.out}")
@@ -605,6 +617,7 @@ def save_checkpoint(
         "fingerprint": source.fingerprint,
         "program": source.program,
         "licences": licences,
+        "optimizer": type(parts["optimizer"]).__name__,
     }
     state["args"] = {key: value for key, value in vars(args).items() if key != "stop_at"}
     save_atomically(state, Path(args.out, "last.pt"))
@@ -614,7 +627,10 @@ def load_checkpoint(folder: str) -> dict:
     """What save_checkpoint wrote to last.pt. InputError: there is none, or it is something else."""
     file = Path(folder, "last.pt")
     if not file.exists():
-        raise InputError(f"--resume: {file} does not exist; give a run's folder that has saved")
+        raise InputError(
+            f"--resume: {file} does not exist; give a run's folder that has saved, "
+            "or type its first command again"
+        )
     checkpoint = read_weights(file)
     for key in ["step", "args", "record", *PARTS]:
         if key not in checkpoint:
@@ -625,13 +641,19 @@ def load_checkpoint(folder: str) -> dict:
 def restore(args: argparse.Namespace, parts: dict, checkpoint: dict, source: Source) -> None:
     """Put every part of a run back to where the checkpoint was written.
 
-    InputError: other tiles than those that the run began with, or a part that does not fit.
+    InputError: other tiles or another optimiser than it began with, or a part that does not fit.
     """
     began = checkpoint["record"]
     if began["fingerprint"] != source.fingerprint:
         raise InputError(
             f"--data: {args.out} began with {began['description']}; "
             f"{source.description} are others; give the same ones"
+        )
+    optimizer = type(parts["optimizer"]).__name__
+    if began.get("optimizer", optimizer) != optimizer:  # torch might take its state all the same
+        raise InputError(
+            f"--resume: {args.out} was trained by {began['optimizer']}, "
+            f"make_optimizer makes {optimizer}; begin another run"
         )
     for name, part in parts.items():
         where = f"{args.out}/last.pt, its {name},"
@@ -644,6 +666,7 @@ def restore(args: argparse.Namespace, parts: dict, checkpoint: dict, source: Sou
             part.load_state_dict(checkpoint[name])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{where} is of another run ({error}); begin another") from None
+    say(f"goes on after step {checkpoint['step']}")
 
 
 # ---- the run's folder: the log ----

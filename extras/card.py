@@ -3,7 +3,7 @@
 What is not known stands there as such; figures are those of results.json. No program of its own.
 """
 
-from evaluate import BASELINES
+from evaluate import BASELINES, TASKS
 from teachers import TEACHERS
 
 TAGS = ["timm", "image-feature-extraction", "pathology", "histology", "distillation", "matryoshka"]
@@ -110,12 +110,13 @@ def how_to_load(name: str, config: dict) -> str:
 
 def how_to_cut(config: dict) -> str:
     """Prefixes, and what has to be done after a cut."""
-    dims = ", ".join(str(m) for m in config["nested_dims"])
+    dims = ", ".join(str(m) for m in config["trained_dims"])
     width = config["arch"]["width"]
     text = (
-        f"## Fewer numbers\n\nNested dims: {dims}. Keep the first m numbers, `z[:, :m]`. For "
-        "cosines and distances of unit vectors normalise after the cut, not before: "
-        "`torch.nn.functional.normalize(z[:, :m], dim=-1)`; a linear probe needs none of it."
+        f"## Fewer numbers\n\nTrained at the nested dims {dims}. Keep the first m numbers, "
+        "`z[:, :m]`. For cosines and distances of unit vectors normalise after the cut, not "
+        "before: `torch.nn.functional.normalize(z[:, :m], dim=-1)`; a linear probe needs none of "
+        "it."
     )
     if config["nested_dims"][-1] < width:
         text += (
@@ -142,7 +143,10 @@ def origin(config: dict) -> str:
         rows.append(f"| {cell(name)} | {cell(tile)} | {cell(licences.get(t, 'not known'))} |")
     verdict = "At least one of these binds this student, or may: ask before you share or sell it."
     if is_free(config):
-        verdict = "None of these binds this student: its licence, above, is its maker's choice."
+        verdict = (
+            "None of these binds this student: its licence is its maker's choice, and apache-2.0 "
+            "in the header is but a proposal."
+        )
     note = "This is a reading of their terms, not legal advice; cite each as its card asks."
     return "\n".join(["## Teachers and licences", "", *rows, "", f"{verdict} {note}"])
 
@@ -179,6 +183,12 @@ def found(config: dict, results: dict) -> str:
     for title, result in results.items():
         for label in result["rows"][0]["scores"]:
             parts.append(score_table(config, f"{title}: {label}", label, result))
+    protocols = {}
+    for result in results.values():
+        protocols |= result["protocol"]  # once for all tables
+    for key in (*TASKS, *BASELINES, "intervals"):
+        if key in protocols:
+            parts.append(f"{key}: {protocols[key]}.")
     return "\n\n".join(parts)
 
 
@@ -204,9 +214,6 @@ def score_table(config: dict, title: str, label: str, result: dict) -> str:
         for task in tasks:
             values.append(first_figure(row, label, task))
         lines.append(f"| {' | '.join(values)} |")
-    for key in (*tasks, *BASELINES, "intervals"):
-        if key in result["protocol"]:
-            lines += ["", f"{key}: {result['protocol'][key]}."]
     return "\n".join(lines)
 
 

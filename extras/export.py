@@ -133,8 +133,9 @@ def read_results(file: Path) -> dict:
 def export(run: str | Path, out: str | Path, dim: int | None = None) -> dict:
     """Write the folder -> the student's config, as it stands there.
 
-    dim: channels to keep; None keeps all. InputError: there is no such student, it has fewer
-    channels, `out` exists or cannot be written, safetensors is missing.
+    dim: channels to keep; None keeps all. The config's "trained_dims" are those that had heads.
+    InputError: there is no such student, it has fewer channels, `out` exists or cannot be written,
+    safetensors is missing.
     """
     try:
         import safetensors.torch
@@ -148,7 +149,8 @@ def export(run: str | Path, out: str | Path, dim: int | None = None) -> dict:
     if dim > student.width:
         raise InputError(f"--dim: {dim} is above the width of {run}; give 1 to {student.width}")
     smaller = [m for m in config["nested_dims"] if m < dim]
-    config = config | {"nested_dims": [*smaller, dim]}
+    trained = config.get("trained_dims", config["nested_dims"])  # the first, of a folder cut before
+    config = config | {"nested_dims": [*smaller, dim], "trained_dims": trained}
     entry = timm_config(config, dim)
     file = student_file(run)
     card = model_card(
@@ -196,7 +198,11 @@ def main() -> None:
     """The command line."""
     args = parse_args()
     config = export(args.run, args.out, args.dim)
-    print(f"{args.out}: the student of {args.run}, {config['nested_dims'][-1]} numbers a tile")
+    dim = config["nested_dims"][-1]
+    print(f"{args.out}: the student of {args.run}, {dim} numbers a tile")
+    if dim not in config["trained_dims"]:
+        trained = ", ".join(str(m) for m in config["trained_dims"])
+        print(f"  {dim} is no nested dim: heads learned from {trained}, and to {dim} is between")
     print(f'  timm.create_model("local-dir:{args.out}", pretrained=True)    # timm >= 1.0.16')
     for name, licence in config.get("licences", {}).items():
         print(f"  made from {name}; licence {licence}")

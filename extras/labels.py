@@ -95,7 +95,7 @@ def left_out(things: list[str], why: str) -> None:
 
 def read_folder(args: Namespace) -> tuple[str, str, list[Tile]]:
     """A folder of classes or of masks -> the folder, "class" or "mask", its tiles."""
-    top, files = list_tiles([args.src], "SRC")
+    top, files = list_tiles([args.src], "SRC", with_masks=True)
     split_of = split_files(files)
     files = list(split_of)
     masks = []

@@ -324,6 +324,17 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         list_tiles(tmp_path)
 
 
+def test_masks_beside_images_are_no_tiles(tmp_path):
+    write_tiles(tmp_path / "train" / "images", 2)
+    write_tiles(tmp_path / "train" / "masks", 2)
+    write_tiles(tmp_path / "masks", 1)  # with no images/ beside it, a folder like others
+    images = [name for name in names_of(tmp_path) if name.startswith("train/")]
+    assert len(images) == 2 and all(name.startswith("train/images/") for name in images)
+    assert len(names_of(tmp_path)) == 3
+    assert len(names_of(tmp_path / "train" / "masks")) == 2
+    assert len(list_tiles(tmp_path, with_masks=True)[1]) == 5
+
+
 def test_linked_folders_are_followed_and_circles_end(tmp_path):
     write_tiles(tmp_path / "elsewhere", 3)
     (tmp_path / "tiles").mkdir()

@@ -191,9 +191,11 @@ def test_a_cut_student_offers_no_dim_beyond_its_own(tmp_path, run):
     student, config = load_student(tmp_path / "cut")
     assert config["nested_dims"] == [4, 7] and student.width == 7
     before = torch.load(run / "student.pt", weights_only=True)["config"]
+    assert config.pop("trained_dims") == before["nested_dims"]
     assert {**config, "nested_dims": 0} == {**before, "nested_dims": 0}
     export.export(tmp_path / "cut", tmp_path / "again", 4)  # and may be cut again
-    assert load_student(tmp_path / "again")[1]["nested_dims"] == [4]
+    again = load_student(tmp_path / "again")[1]
+    assert again["nested_dims"] == [4] and again["trained_dims"] == before["nested_dims"]
 
 
 def test_embed_takes_an_exported_folder(tmp_path, run):
@@ -282,7 +284,8 @@ def test_the_card_tells_what_is_known(tmp_path, run, monkeypatch, tissue):
         expected[row["model"], dim] = f"{value:.1f} ({100 * low:.1f}-{100 * high:.1f})"
     del expected[str(run), "48"]  # cut off
     assert shown == expected and len(shown) == 4
-    assert "normalise after the cut" in card.text and "Nested dims: 4, 8." in card.text
+    assert "normalise after the cut" in card.text
+    assert "Trained at the nested dims 4, 8, 48." in card.text
     export_as_typed(monkeypatch, run, tmp_path / "whole")  # here `adaptive` means something too
     assert [len(row) for row in rows_of(read_card(tmp_path / "whole"))[str(run)]] == [3, 3, 3]
 

@@ -964,6 +964,7 @@ def test_trying_a_teacher_on_a_tile(tmp_path, monkeypatch, capsys):
         ),
         (["kaiko_s16", tile, "--device", "tpu"], "--device: tpu"),
         (["kaiko_s16", tile, "--weights-dir", ""], "--weights-dir"),
+        (["dinov2_s", "--weights-dir", "w", "no.png"], "TILE: no.png: does not exist"),
     ):
         monkeypatch.setattr(sys, "argv", ["teachers.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:

@@ -937,7 +937,7 @@ BAD_INITS = {
     "other/student.pt": "--init: .*other/student.pt holds another model: .*expected",
     "none.pt": "--init: none.pt is no file",
     "toy_cells": "--init: toy_cells is no file and no published",
-    "dinov2_b": "no weights for dinov2_b",
+    "dinov2_b": "--init: dinov2_b is 768 channels wide, the student 48; give another --student",
     "empty": "--init: .*empty",
 }
 
