@@ -171,7 +171,7 @@ class Row(NamedTuple):
 
     file: str  # relative to the folder
     label: str  # its class, "" for none, or the path of its mask
-    group: str = ""  # such as its patient
+    group: str = ""  # such as its patient; "" where there is no such column
 
 
 def labelled_files(root: str | Path) -> dict[str, tuple[list[str], dict[str, list]]]:
@@ -197,7 +197,7 @@ def labelled_files(root: str | Path) -> dict[str, tuple[list[str], dict[str, lis
         order = np.random.default_rng(0).permutation(len(rows[split]))
         mixed = [rows[split][i] for i in order]
         targets = {kind: [number_of.get(row.label, row.label) for row in mixed]}
-        if len(group_number) > 1:
+        if mixed[0].group:
             targets["group"] = [group_number[row.group] for row in mixed]
         found[split] = ([row.file for row in mixed], targets)
     return found
@@ -315,9 +315,11 @@ def check_files(root: Path, rows: dict[str, list[Row]]) -> None:
     for split in rows:
         for row in rows[split]:
             words = f"{row.file} of {split}"
-            first = seen.setdefault(os.path.realpath(root / row.file), words)
-            if first is not words:
+            place = os.path.realpath(root / row.file)
+            if place in seen:
+                first = seen[place]
                 raise InputError(f"--data: {root}: {first} and {words} are one file; keep one")
+            seen[place] = words
 
 
 def check_classes(root: Path, rows: dict[str, list[Row]]) -> None:
@@ -431,6 +433,8 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     most n. Of equally similar rows the earlier in the bank is nearer.
     """
     k = min(k, len(bank))
+    # float64, for in two channels float32 cannot tell the nearest from the next for half of the
+    # queries: their labels would decide by where they stand in the bank.
     bank = F.normalize(bank.double(), dim=-1)
     queries = F.normalize(queries.double(), dim=-1)
     # A matrix product rounds equal rows differently at different places. So where there are any,
@@ -621,6 +625,7 @@ def dense_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
     y = F.interpolate(train_y[:, None].float(), (grid, grid), mode="nearest-exact")
     y = y.flatten().long()  # (n * N,)
     x = train_x.flatten(0, 1)  # (n * N, D)
+    # The same tokens for every model and dim, whatever else is evaluated
     chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     void = void_of(train_y, test_y)
     chosen = chosen[y[chosen] != void][:TOKENS]
@@ -705,7 +710,8 @@ TASKS = {
 class ColourHistogram(nn.Module):
     """A model that sees stain alone: the shares of pixels in 8 bins of red, of green, of blue.
 
-    Of the tile as its summary (B, 24), of each of 8 x 8 fields as its patches (B, 64, 24).
+    Of the tile as its summary (B, 24), of each of 8 x 8 fields as its patches (B, 64, 24). It
+    stands in the table as a model does, and is asked the same tasks.
     """
 
     def __init__(self, img_size: int):
