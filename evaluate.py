@@ -402,7 +402,7 @@ def readable_batches(tiles: Dataset, title: str) -> Iterator[dict]:
 
 
 def find_doubts(train: dict, test: dict) -> list[str]:
-    """What makes figures doubtful -> sentences. train, test: as `extract` returns them."""
+    """What makes figures doubtful -> sentences. train, test: as `embed_tiles` returns them."""
     doubts = []
     if "group" in test:
         groups = test["group"].unique()
@@ -894,8 +894,8 @@ def run_tasks(
     for size, group in by_size(all_models).items():  # each model sees tiles of its own size
         train_tiles, test_tiles = open_splits(root, seed, size)
         plan, left_out = plan_tasks(train_tiles, tasks or list(TASKS))
-        train = extract(group, train_tiles, plan, "embedding train")
-        test = extract(group, test_tiles, plan, "embedding test")
+        train = embed_tiles(group, train_tiles, plan, "embedding train")
+        test = embed_tiles(group, test_tiles, plan, "embedding test")
         if root:
             unreadable.update(train_tiles.unreadable, test_tiles.unreadable)
             doubts.update(find_doubts(train, test))
@@ -973,7 +973,7 @@ def plan_tasks(tiles: Dataset, tasks: list[str]) -> tuple[dict[str, list[str]], 
     return plan, left_out
 
 
-def extract(models: dict, tiles: Dataset, labels: Iterable[str], title: str) -> dict:
+def embed_tiles(models: dict, tiles: Dataset, labels: Iterable[str], title: str) -> dict:
     """One pass over the tiles for all models -> features and labels of the readable ones.
 
     Features (n, D) or (n, N, D), of the kinds that these labels are asked of, are keyed (model,

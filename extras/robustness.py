@@ -178,13 +178,13 @@ def measure(models: dict[str, tuple[nn.Module, list[int]]], root: str | None, se
     rows = []
     for size, group in evaluate.by_size(models).items():  # each model sees tiles of its own size
         bank_tiles, test_tiles, labels = open_tiles(root, seed, size)
-        bank = evaluate.extract(group, bank_tiles, labels, "embedding the bank")
-        clean = evaluate.extract(group, test_tiles, labels, "embedding clean tiles")
+        bank = evaluate.embed_tiles(group, bank_tiles, labels, "embedding the bank")
+        clean = evaluate.embed_tiles(group, test_tiles, labels, "embedding clean tiles")
         rows += compare(group, labels, bank, clean, clean, "clean", 0)
         for name in CORRUPTIONS:
             for level in LEVELS:
                 tiles = CorruptedTiles(test_tiles, name, level, seed)
-                spoilt = evaluate.extract(group, tiles, labels, describe(name, level))
+                spoilt = evaluate.embed_tiles(group, tiles, labels, describe(name, level))
                 rows += compare(group, labels, bank, clean, spoilt, name, level)
         others = {key: x.roll(1, 0) for key, x in clean.items()}
         rows += compare(group, [], bank, clean, others, "another tile", 0)
@@ -211,7 +211,7 @@ def compare(
 ) -> list[dict]:
     """The rows of one corruption: a row for each model and dim.
 
-    bank, clean, spoilt: features and class numbers, as evaluate.extract returns them
+    bank, clean, spoilt: features and class numbers, as evaluate.embed_tiles returns them
     """
     rows = []
     for model, (_, dims) in models.items():

@@ -355,9 +355,8 @@ def test_protocols_do_not_depend_on_the_order_of_the_bank(dim):
         expected = figures(task, bank, train_y, queries, test_y)
         assert figures(task, bank[order], train_y[order], queries, test_y) == expected
     expected = figures(evaluate.adaptive_retrieval, train_x, train_y, test_x, test_y, dim, 200)
-    again = figures(
-        evaluate.adaptive_retrieval, train_x[order], train_y[order], test_x, test_y, dim
-    )
+    bank, labels = train_x[order], train_y[order]
+    again = figures(evaluate.adaptive_retrieval, bank, labels, test_x, test_y, dim, 200)
     assert again == expected
 
 
