@@ -458,16 +458,12 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of x (q, n), in order, and their places; of equals the earlier."""
     values, index = x.topk(min(k + 1, x.shape[1]))
-    if index.shape[1] > k:
-        # Of several that equal the k-th, topk takes any. Where the next does, sort the whole row.
-        tied = values[:, k] == values[:, k - 1]
-        index = index[:, :k]
-        if tied.any():
-            order = x[tied].argsort(dim=1, descending=True, stable=True)
-            index[tied] = order[:, :k]
-    index = index.sort(1).values
-    values, order = x.gather(1, index).sort(dim=1, descending=True, stable=True)
-    return values, index.gather(1, order)
+    # Of equal values topk takes any, in any order. Rows with some, up to the next, are sorted whole
+    tied = (values[:, 1:] == values[:, :-1]).any(1)
+    if tied.any():
+        order = x[tied].argsort(dim=1, descending=True, stable=True)
+        index[tied] = order[:, : index.shape[1]]
+    return values[:, :k], index[:, :k]
 
 
 class Tally(NamedTuple):
@@ -1087,9 +1083,7 @@ def print_result(result: dict) -> None:
 def print_table(rows: list[dict], label: str) -> None:
     """The table of one label: a line for each model and dim, "-" where a row has no such figure."""
     first = rows[0]
-    width = 16
-    for row in rows:
-        width = max(width, len(row["model"]))
+    width = max(16, *(len(row["model"]) for row in rows))
     n = first["n"]
     title = f"{label}, %, {n['train']} tiles to learn from, {n['test']} to test"
     if "groups" in n:
