@@ -17,8 +17,9 @@ asks whether patch tokens know a mask. Pictures are drawn by `python -m extras.f
 `python -m extras.export` writes for timm is a RUN too.
 
 Read on from `run_tasks`: it goes from tiles to the rows of the table. The tasks themselves are
-plain functions of tensors, tested against scikit-learn and against plain loops; they say what each
-test tile adds to a figure (a `Tally`), so that `resample` can ask how sure the figure is.
+plain functions of tensors, tested against scikit-learn and against plain loops. They say what each
+test tile adds to a figure (a `Tally`): `figures_of` makes numbers of it, and `resample` asks how
+sure these are.
 """
 
 import csv
@@ -1221,13 +1222,9 @@ def check_args(args: Namespace) -> None:
             raise InputError(f"--out: {args.out} exists; choose another name, or remove it")
         flags = (args.data, args.tasks, args.dims, args.teachers)
         if flags != (None, None, None, None) or args.seed:
-            raise InputError(
-                "--embed: --data, --tasks, --dims, --teachers, --seed have no part in it"
-            )
+            raise InputError("--embed: leave out --data, --tasks, --dims, --teachers, --seed")
     elif args.dim or args.half:
-        raise InputError(
-            "--dim, --half: they need --embed DIR; python -m extras.export cuts students"
-        )
+        raise InputError("--dim, --half: they need --embed DIR; extras.export cuts students")
     elif args.out and Path(args.out).is_file():
         raise InputError(f"--out: {args.out} is a file; give a folder for results.json")
 
