@@ -438,6 +438,55 @@ def merge_pages(image: Image.Image) -> Image.Image:
     return Image.merge("RGB", pages)
 
 
+def open_mask(path: str | Path) -> Image.Image:
+    """A mask as class numbers 0 to 255, mode L. UnreadableTile: it is none, and why.
+
+    A mask has one page, and one channel or three that are equal. JPEG changes numbers, so a JPEG
+    has to be plainly black and white: then black is 0 and white is 1.
+    """
+    try:
+        with Image.open(io.BytesIO(read_file(path))) as image:
+            check_size(image.width, image.height)
+            numbers = mask_numbers(image)
+    except UnreadableTile:
+        raise
+    except Exception as error:  # noqa: BLE001 - Pillow raises a dozen types on damaged files
+        raise UnreadableTile(f"damaged ({type(error).__name__})") from None
+    if numbers.ndim == 3 and (numbers[..., :1] == numbers[..., :3]).all():  # grey, saved as RGB
+        numbers = numbers[..., 0]
+    whole = numbers.ndim == 2 and numbers.dtype.kind in "bui"  # bool, unsigned, signed
+    if not whole or numbers.min() < 0 or numbers.max() > 255:
+        found = f"{numbers.dtype} from {numbers.min()} to {numbers.max()}, shape {numbers.shape}"
+        raise UnreadableTile(f"a mask has one channel of class numbers from 0 to 255, not {found}")
+    return Image.fromarray(numbers.astype(np.uint8))
+
+
+def mask_numbers(image: Image.Image) -> np.ndarray:
+    """What a mask's file holds, (H, W) or (H, W, channels); of a palette its indices."""
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        raise UnreadableTile(f"more than one page ({pages})")
+    if image.format == "JPEG":
+        return black_and_white(np.array(image.convert("L")))
+    packing = str(image.tile)  # how Pillow unpacks: grey of 2 bits as 0, 85, 170, 255
+    numbers = np.array(image)
+    if "'L;2" in packing:
+        return numbers // 85
+    if "'L;4" in packing:
+        return numbers // 17
+    return numbers
+
+
+def black_and_white(grey: np.ndarray) -> np.ndarray:
+    """Grey values (H, W) of a JPEG that is black and white but for its blur -> bool (H, W)."""
+    between = (grey > 32) & (grey < 223)
+    has_white = grey.max() >= 223
+    all_black = grey.max() == 0
+    if between.mean() > 0.02 or not (has_white or all_black):
+        raise UnreadableTile("a JPEG changes class numbers; save masks as PNG")
+    return grey > 127
+
+
 class FolderTiles(Source):
     """A source: the images below some folders, in another order every epoch.
 

@@ -17,8 +17,9 @@ asks whether patch tokens know a mask. Pictures are drawn by `python -m extras.f
 `python -m extras.export` writes for timm is a RUN too.
 
 Read on from `run_tasks`: it goes from tiles to the rows of the table. The tasks themselves are
-plain functions of tensors, tested against scikit-learn and against plain loops; they say what each
-test tile adds to a figure (a `Tally`), so that `resample` can ask how sure the figure is.
+plain functions of tensors, tested against scikit-learn and against plain loops. They say what each
+test tile adds to a figure (a `Tally`): `figures_of` makes numbers of it, and `resample` asks how
+sure these are.
 """
 
 import csv
@@ -26,7 +27,7 @@ import io
 import json
 import os
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -41,16 +42,15 @@ from torch.utils.data import Dataset
 import data
 from data import (
     UnreadableTile,
-    check_size,
     dim_list,
     list_tiles,
     make_parser,
     name_list,
     natural,
+    open_mask,
     open_tile,
     path,
     positive,
-    read_file,
     run_program,
     save_atomically,
 )
@@ -79,7 +79,7 @@ HISTOGRAM = "colour histogram"
 BASELINES = {CHANCE: 0, HISTOGRAM: 24}  # the rows beside the models, and their dims
 VOID = 255  # in a mask: of no class, neither learned nor tested
 LAYOUTS = "train/CLASS/* and test/CLASS/*, labels.csv (path, label, split), or images/* and masks/*"
-COLUMNS = ["label", "path", "split"]  # of labels.csv; "group" may be one too
+COLUMNS = (["label", "path", "split"], ["group", "label", "path", "split"])  # of labels.csv
 WANTED = (
     "wanted is a row a tile, path,label,split below a line that says so, with commas, split train "
     "or test, perhaps a column group; python -m extras.labels makes it of other tables"
@@ -167,129 +167,120 @@ def features(model: nn.Module, images: Tensor, kinds: Iterable[str]) -> dict[str
 # ---- labelled tiles ------------------------------------------------------------------------------
 
 
+class Row(NamedTuple):
+    """What a labelled folder says of a tile."""
+
+    file: str  # relative to the folder
+    label: str  # its class, "" for none, or the path of its mask
+    group: str = ""  # such as its patient; "" where there is no such column
+
+
 def labelled_files(root: str | Path) -> dict[str, tuple[list[str], dict[str, list]]]:
     """A labelled folder -> {"train": (files, targets), "test": (files, targets)}.
 
-    files: paths relative to `root`, in a mixed order that is always the same, so that no class is
-    always the earlier one where neighbours are equally near. targets, one a file: {"class":
-    numbers} or {"mask": paths}; with a column `group` also {"group": numbers}. Three layouts are
-    understood, see LAYOUTS; labels.csv comes before folders. InputError: a split has no tiles, or
-    of one class alone; one has masks and the other classes; a tile of the test set is of a class
-    that the training set has not, or is in the training set too.
+    files: paths relative to `root`. targets, one a file: {"class": numbers} or {"mask": paths};
+    with a column `group` also {"group": numbers}. Three layouts are understood, see LAYOUTS;
+    labels.csv comes before folders. InputError: a split has no tiles, or of one class alone; a tile
+    is of a class that train has not, or there twice.
     """
     root = Path(root)
-    table = root / "labels.csv"
-    groups = {}
-    if table.exists():
-        kind = "class"
-        pairs = read_labels(table)
-        groups = {row["path"]: row["group"] for _, row in read_rows(table) if "group" in row}
-    else:
-        kind, pairs = folder_files(root)
-    found = {}
-    for split in ("train", "test"):
-        order = np.random.default_rng(0).permutation(len(pairs[split]))
-        mixed = [pairs[split][i] for i in order]
-        files = [file for file, _ in mixed]
-        found[split] = (files, {kind: [label for _, label in mixed]})
-    check_apart(root, found["train"][0], found["test"][0])
+    kind, rows = find_rows(root)
+    check_files(root, rows)
+    number_of = {}  # of classes; masks stay paths
     if kind == "class":
-        number_classes(root, found)
-    if groups:
-        numbers = {name: number for number, name in enumerate(sorted(set(groups.values())))}
-        for files, targets in found.values():
-            targets["group"] = [numbers[groups[file]] for file in files]
+        check_classes(root, rows)
+        number_of = numbers_of([row.label for row in rows["train"]])
+    group_number = numbers_of([row.group for row in rows["train"] + rows["test"]])
+    found = {}
+    for split in rows:
+        # Mixed, always in the same way: else the bank would hold class after class, and where
+        # neighbours are equally near the first class would win.
+        order = np.random.default_rng(0).permutation(len(rows[split]))
+        mixed = [rows[split][i] for i in order]
+        targets = {kind: [number_of.get(row.label, row.label) for row in mixed]}
+        if mixed[0].group:
+            targets["group"] = [group_number[row.group] for row in mixed]
+        found[split] = ([row.file for row in mixed], targets)
     return found
 
 
-def read_labels(table: Path) -> dict[str, list[tuple[str, str]]]:
-    """labels.csv -> {"train": [(path, label), ...], "test": ...}; other splits are named.
+def find_rows(root: Path) -> tuple[str, dict[str, list[Row]]]:
+    """What the labels of a folder are, "class" or "mask", and {"train": rows, "test": rows}."""
+    kind = "class"
+    if (root / "labels.csv").exists():
+        rows = read_labels(root / "labels.csv")
+    elif (root / "masks").is_dir() or (root / "train" / "masks").is_dir():
+        kind = "mask"
+        rows = find_masks(root)
+    else:
+        rows = find_classes(root)
+    for split in rows:
+        if not rows[split]:
+            raise InputError(
+                f"--data: {root} has no tiles for {split}; a labelled folder holds {LAYOUTS}; "
+                "python -m extras.labels makes one of other folders and tables"
+            )
+    return kind, rows
 
-    InputError: it has other columns, a row that is not whole, a path that is there twice, or no
-    rows of train or of test.
+
+def numbers_of(names: list[str]) -> dict[str, int]:
+    """Each name's place among the sorted ones."""
+    return {name: number for number, name in enumerate(sorted(set(names)))}
+
+
+def read_labels(table: Path) -> dict[str, list[Row]]:
+    """labels.csv -> {"train": rows, "test": rows}; what is of other splits is named."""
+    rows = {"train": [], "test": []}
+    others = Counter()
+    for cells in read_table(table):
+        split = cells["split"]
+        if split in rows:
+            rows[split].append(Row(cells["path"], cells["label"], cells.get("group", "")))
+        else:
+            others[split] += 1
+    for split, count in others.items():
+        print(f"{table}: left out are {count} rows of {split}")
+    return rows
+
+
+def read_table(table: Path) -> Iterator[dict[str, str]]:
+    """The rows of labels.csv as {column: value}, without spaces round values. InputError: other
+    columns, or a row that is not whole.
     """
-    splits = defaultdict(list)
-    line_of = {}
-    for line, row in read_rows(table):
-        file = row["path"]
-        if "" in row.values():
-            raise InputError(f"--data: {table}, line {line}: a value is missing; {WANTED}")
-        if file in line_of:
-            twice = f"lines {line_of[file]} and {line} are both of {file}"
-            raise InputError(f"--data: {table}: {twice}; keep one")
-        line_of[file] = line
-        splits[row["split"]].append((file, row["label"]))
-    others = []
-    for split, pairs in splits.items():
-        if split not in ("train", "test"):
-            others.append(f"{split} ({len(pairs)})")
-    for split in ("train", "test"):
-        if split not in splits:
-            instead = f", but of {', '.join(others)}" if others else ""
-            raise InputError(f"--data: {table} has no tiles for {split}{instead}; {WANTED}")
-    if others:
-        print(f"{table}: left out are the rows of {', '.join(others)}")
-    return {"train": splits["train"], "test": splits["test"]}
-
-
-def read_rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of labels.csv, each with the number of its line; spaces round values are dropped."""
     text = table.read_text("utf-8-sig", "surrogateescape")
     reader = csv.reader(text.split("\n"), skipinitialspace=True, strict=True)
-    columns = None
+    columns = []
     try:
         for cells in reader:
             cells = [cell.strip() for cell in cells]
             if not any(cells):  # an empty line, or the commas that spreadsheets leave
                 continue
-            if columns is None:
+            if not columns:
                 columns = cells
-                if sorted(columns) not in (COLUMNS, sorted([*COLUMNS, "group"])):
+                if sorted(columns) not in COLUMNS:
                     raise InputError(f"--data: {table} has the columns {columns}; {WANTED}")
-                continue
-            if len(cells) != len(columns):
-                counted = f"{len(cells)} values in {len(columns)} columns"
-                raise InputError(f"--data: {table}, line {reader.line_num}: {counted}; {WANTED}")
-            yield reader.line_num, dict(zip(columns, cells, strict=True))
+            elif len(cells) != len(columns) or "" in cells:
+                where = f"{table}, line {reader.line_num}"
+                raise InputError(f"--data: {where}: {cells} is not a value a column; {WANTED}")
+            else:
+                yield dict(zip(columns, cells, strict=True))
     except csv.Error as error:
         raise InputError(f"--data: {table}, line {reader.line_num}: {error}; {WANTED}") from None
-    if columns is None:
-        raise InputError(f"--data: {table} is empty; {WANTED}")
 
 
-def folder_files(root: Path) -> tuple[str, dict[str, list[tuple[str, str]]]]:
-    """Folders of classes or of masks -> their kind, "class" or "mask", and {split: [(file, class or
-    mask), ...]}."""
-    found = {}
-    kinds = set()
-    for split in ("train", "test"):
-        top = split if (root / split).is_dir() else "."
-        pairs = []
-        if (root / top / "masks").is_dir():
-            kinds.add("mask")
-            pairs = masked_files(root, top, split)
-        elif top == split:
-            kinds.add("class")
-            pairs = class_files(root, split)
-        if not pairs:
-            raise InputError(
-                f"--data: {root} has no tiles for {split}; a labelled folder holds {LAYOUTS}; "
-                "python -m extras.labels makes one of other folders and tables"
-            )
-        found[split] = pairs
-    if len(kinds) > 1:
-        raise InputError(
-            f"--data: {root} has masks for one split and classes for the other; give one kind"
-        )
-    return kinds.pop(), found
+def find_masks(root: Path) -> dict[str, list[Row]]:
+    """Below train/ and test/ or, without these, the last fifth of the images for testing."""
+    if (root / "train").is_dir():
+        return {"train": pair_masks(root, "train"), "test": pair_masks(root, "test")}
+    rows = pair_masks(root, ".")
+    cut = len(rows) - max(1, len(rows) // 5)
+    return {"train": rows[:cut], "test": rows[cut:]}
 
 
-def masked_files(root: Path, top: str, split: str) -> list[tuple[str, str]]:
-    """Images and masks of the same name -> [(image, mask), ...].
+def pair_masks(root: Path, top: str) -> list[Row]:
+    """Images and masks of the same name below root/top.
 
-    Without folders train/ and test/ (`top` is then "."), the last fifth of the images is the test
-    set. An image without a mask is paired with a path that does not exist, so that it is named as
-    unreadable.
+    An image without a mask gets a path that does not exist, so that it is named as unreadable.
     """
     _, images = list_tiles([root / top / "images"], "--data")
     _, masks = list_tiles([root / top / "masks"], "--data")
@@ -300,144 +291,80 @@ def masked_files(root: Path, top: str, split: str) -> list[tuple[str, str]]:
             two = f"{mask_of[stem]} and {mask}"
             raise InputError(f"--data: {root / top}/masks: {two} are masks of one tile; keep one")
         mask_of[stem] = mask
-    pairs = []
+    rows = []
     for image in images:
         mask = mask_of.get(os.path.splitext(image)[0], image)
-        pairs.append((f"{top}/images/{image}", f"{top}/masks/{mask}"))
-    if top == split:
-        return pairs
-    cut = len(pairs) - max(1, len(pairs) // 5)
-    if split == "train":
-        return pairs[:cut]
-    return pairs[cut:]
+        rows.append(Row(f"{top}/images/{image}", f"{top}/masks/{mask}"))
+    return rows
 
 
-def class_files(root: Path, split: str) -> list[tuple[str, str]]:
-    """Tiles of SPLIT/CLASS/, at any depth below -> [(file, class), ...]; class "": in no folder."""
-    _, names = list_tiles([root / split], "--data")
-    pairs = []
-    for name in names:
-        folder, slash, _ = name.partition("/")
-        pairs.append((f"{split}/{name}", folder if slash else ""))
-    return pairs
+def find_classes(root: Path) -> dict[str, list[Row]]:
+    """Tiles of SPLIT/CLASS/, at any depth below."""
+    rows = {"train": [], "test": []}
+    for split in rows:
+        if (root / split).is_dir():
+            _, names = list_tiles([root / split], "--data")
+            for name in names:
+                folder, _, below = name.partition("/")
+                rows[split].append(Row(f"{split}/{name}", folder if below else ""))
+    return rows
 
 
-def number_classes(root: Path, found: dict) -> None:
-    """Classes of both splits become numbers, in place: their places in the sorted ones of train."""
-    classes = sorted(set(found["train"][1]["class"]) - {""})
-    number_of = {label: number for number, label in enumerate(classes)}
-    for split, (files, targets) in found.items():
-        labels = targets["class"]
-        if not any(labels):
-            no_class = f"{root / split} holds tiles, but no folders of classes"
-            raise InputError(f"--data: {no_class}; a labelled folder holds {LAYOUTS}")
-        for file, label in zip(files, labels, strict=True):
-            if label not in number_of:
+def check_files(root: Path, rows: dict[str, list[Row]]) -> None:
+    """InputError: a file is there twice, by its path or through links."""
+    seen = {}
+    for split in rows:
+        for row in rows[split]:
+            words = f"{row.file} of {split}"
+            place = os.path.realpath(root / row.file)
+            if place in seen:
+                first = seen[place]
+                raise InputError(f"--data: {root}: {first} and {words} are one file; keep one")
+            seen[place] = words
+
+
+def check_classes(root: Path, rows: dict[str, list[Row]]) -> None:
+    """InputError: a split is of fewer than two classes, or a tile of one that train has not."""
+    known = {row.label for row in rows["train"]} - {""}
+    for split in rows:
+        classes = sorted({row.label for row in rows[split]} - {""})
+        if len(classes) < 2:
+            raise InputError(
+                f"--data: {root}: tiles of {split} are of {len(classes)} classes, {classes}: there "
+                f"is nothing to tell apart; give two or more; a labelled folder holds {LAYOUTS}"
+            )
+        for row in rows[split]:
+            if row.label not in known:
                 raise InputError(
-                    f"--data: {root}/{file} is in none of the classes of train; move or remove it"
+                    f"--data: {root}/{row.file} is in none of the classes of train; "
+                    "move or remove it"
                 )
-        targets["class"] = [number_of[label] for label in labels]
-    for split, (_, targets) in found.items():
-        present = set(targets["class"])
-        if len(present) == 1:
-            raise InputError(
-                f"--data: {root}: all tiles of {split} are of one class, "
-                f"{classes[present.pop()]!r}: there is nothing to tell apart; give two or more"
-            )
-
-
-def check_apart(root: Path, train: list[str], test: list[str]) -> None:
-    """InputError: a file is in train and in test, by its path or through links."""
-    file_at = {os.path.realpath(root / file): file for file in train}
-    for file in test:
-        same = file_at.get(os.path.realpath(root / file))
-        if same is not None:
-            raise InputError(
-                f"--data: {root}: {same} of train and {file} of test are one file; "
-                "keep it in one of them"
-            )
-
-
-def open_mask(path: str | Path) -> Image.Image:
-    """A mask as class numbers 0 to 255, mode L. UnreadableTile: it is none, and why.
-
-    A mask has one page, and one channel or three that are equal. JPEG changes numbers, so a JPEG
-    has to be plainly black and white: then black is 0 and white is 1.
-    """
-    try:
-        with Image.open(io.BytesIO(read_file(path))) as image:
-            check_size(image.width, image.height)
-            numbers = mask_numbers(image)
-    except UnreadableTile:
-        raise
-    except Exception as error:  # noqa: BLE001 - Pillow raises a dozen types on damaged files
-        raise UnreadableTile(f"damaged ({type(error).__name__})") from None
-    if numbers.ndim == 3 and (numbers[..., :1] == numbers[..., :3]).all():  # grey, saved as RGB
-        numbers = numbers[..., 0]
-    if numbers.ndim != 2:
-        raise UnreadableTile("a mask has one channel of class numbers")
-    if numbers.dtype.kind not in "bui":
-        raise UnreadableTile("a mask has whole numbers, these are floating point")
-    if numbers.min() < 0 or numbers.max() > 255:
-        raise UnreadableTile("a mask has class numbers from 0 to 255")
-    return Image.fromarray(numbers.astype(np.uint8))
-
-
-def mask_numbers(image: Image.Image) -> np.ndarray:
-    """What a mask's file holds, (H, W) or (H, W, channels); of a palette its indices."""
-    pages = getattr(image, "n_frames", 1)
-    if pages > 1:
-        raise UnreadableTile(f"more than one page ({pages})")
-    if image.format == "JPEG":
-        return black_and_white(np.array(image.convert("L")))
-    packing = str(image.tile)  # how Pillow unpacks: grey of 2 bits as 0, 85, 170, 255
-    numbers = np.array(image)
-    if "'L;2" in packing:
-        return numbers // 85
-    if "'L;4" in packing:
-        return numbers // 17
-    return numbers
-
-
-def black_and_white(grey: np.ndarray) -> np.ndarray:
-    """Grey values (H, W) of a JPEG that is black and white but for its blur -> bool (H, W)."""
-    between = (grey > 32) & (grey < 223)
-    has_white = grey.max() >= 223
-    all_black = grey.max() == 0
-    if between.mean() > 0.02 or not (has_white or all_black):
-        raise UnreadableTile("a JPEG changes class numbers; save masks as PNG")
-    return grey > 127
 
 
 class CentreTiles(Dataset):
     """Tile k of `files` -> {"image": uint8 (3, size, size), "index": k, and its target}.
 
-    The shorter side is resized to `size`, and the centre taken. targets: {"class": numbers},
-    {"mask": paths} or {"group": numbers}, one a file; a mask becomes numbers (size, size), cut as
-    its tile is.
+    The shorter side, of "side" pixels, is resized to `size`, and the centre taken. targets:
+    {"class": numbers}, {"mask": paths} or {"group": numbers}, one a file; a mask becomes numbers
+    (size, size), cut as its tile is.
     An unreadable tile or mask has index -1, and "path: reason" under "unreadable", as FolderTiles.
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        size: int,
-        files: list[str],
-        targets: dict[str, list] | None = None,
+        self, root: str | Path, size: int, files: list[str], targets: dict[str, list] | None = None
     ):
         self.root = Path(root)
         self.size = size
         self.files = files
         self.targets = targets or {}
         self.unreadable = set()  # filled by data.batches
-        self.pixels = {}  # {file: a hash of what is seen of it}, filled by readable_batches
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, k: int) -> dict:
+        item = {"index": k, "unreadable": []}
         path = self.root / self.files[k]
-        mask = None
         try:
             image = open_tile(path)
             if "mask" in self.targets:
@@ -449,12 +376,10 @@ class CentreTiles(Dataset):
             item = {"index": -1, "unreadable": [f"{str(path)!r}: {reason}"]}
             image = Image.new("RGB", (1, 1))
             mask = Image.new("L", (1, 1))
-        else:
-            item = {"index": k, "unreadable": []}
         item["image"] = self.centre(image, "bicubic")
-        for kind in ("class", "group"):
-            if kind in self.targets:
-                item[kind] = self.targets[kind][k]
+        item["side"] = min(image.size)
+        for kind in self.targets:
+            item[kind] = self.targets[kind][k]
         if "mask" in self.targets:
             item["mask"] = self.centre(mask, "nearest")[0]  # (size, size)
         return item
@@ -474,41 +399,29 @@ def readable_batches(tiles: Dataset, title: str) -> Iterator[dict]:
         if "index" in batch:  # drawn tissue has none, and is always readable
             readable = batch["index"] >= 0
             batch = {key: values[readable] for key, values in batch.items()}
-            if tiles.targets:
-                for k, image in zip(batch["index"], batch["image"], strict=True):
-                    tiles.pixels[tiles.files[k]] = hash(image.numpy().tobytes())
         yield batch
 
 
-def find_doubts(train: CentreTiles, test: CentreTiles) -> list[str]:
-    """What makes figures doubtful, known once both splits were read -> sentences."""
+def find_doubts(train: dict, test: dict) -> list[str]:
+    """What makes figures doubtful -> sentences. train, test: as `embed_tiles` returns them."""
     doubts = []
-    train_file = {pixels: file for file, pixels in train.pixels.items()}
-    copies = sorted(file for file, pixels in test.pixels.items() if pixels in train_file)
-    if copies:
-        first = train_file[test.pixels[copies[0]]]
-        doubts.append(
-            f"{len(copies)} of {len(test)} test tiles are in train too, pixel for pixel "
-            f"({copies[0]} is {first}): known by heart"
-        )
-    groups = set(test.targets.get("group", []))
-    shared = groups & set(train.targets.get("group", []))
-    if shared:
-        doubts.append(
-            f"{len(shared)} of the {len(groups)} groups that are tested on are learned from too: "
-            "on others the figures would be lower"
-        )
+    if "group" in test:
+        groups = test["group"].unique()
+        shared = torch.isin(groups, train["group"]).sum()
+        if shared:
+            doubts.append(
+                f"{shared} of the {len(groups)} groups that are tested on are learned from too: "
+                "on others the figures would be lower"
+            )
+    if "mask" in test:
+        values = classes_in(train["mask"], test["mask"])
+        if len(values) == 1:
+            doubts.append(f"all masks hold {values[0]} alone: there is nothing to tell apart")
+        if len(values) == 2 and values[1] == VOID:
+            doubts.append(
+                f"masks hold {values[0]} and 255 alone: 255 is taken as a class, not as none"
+            )
     return doubts
-
-
-def mask_doubts(train: Tensor, test: Tensor) -> list[str]:
-    """The same of masks (n, S, S)."""
-    values = classes_in(train, test)
-    if len(values) == 1:
-        return [f"all masks hold {values[0]} alone: there is nothing to tell apart"]
-    if len(values) == 2 and values[1] == VOID:
-        return [f"masks hold {values[0]} and 255 alone: 255 is taken as a class, not as none"]
-    return []
 
 
 # ---- the tasks: plain tensors in, numbers out ----------------------------------------------------
@@ -521,6 +434,8 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     most n. Of equally similar rows the earlier in the bank is nearer.
     """
     k = min(k, len(bank))
+    # float64, for in two channels float32 cannot tell the nearest from the next for half of the
+    # queries: their labels would decide by where they stand in the bank.
     bank = F.normalize(bank.double(), dim=-1)
     queries = F.normalize(queries.double(), dim=-1)
     # A matrix product rounds equal rows differently at different places. So where there are any,
@@ -544,16 +459,12 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of x (q, n), in order, and their places; of equals the earlier."""
     values, index = x.topk(min(k + 1, x.shape[1]))
-    if index.shape[1] > k:
-        # Of several that equal the k-th, topk takes any. Where the next does, sort the whole row.
-        tied = values[:, k] == values[:, k - 1]
-        index = index[:, :k]
-        if tied.any():
-            order = x[tied].argsort(dim=1, descending=True, stable=True)
-            index[tied] = order[:, :k]
-    index = index.sort(1).values
-    values, order = x.gather(1, index).sort(dim=1, descending=True, stable=True)
-    return values, index.gather(1, order)
+    # Of equal values topk takes any, in any order. Rows with some, up to the next, are sorted whole
+    tied = (values[:, 1:] == values[:, :-1]).any(1)
+    if tied.any():
+        order = x[tied].argsort(dim=1, descending=True, stable=True)
+        index[tied] = order[:, : index.shape[1]]
+    return values[:, :k], index[:, :k]
 
 
 class Tally(NamedTuple):
@@ -567,12 +478,15 @@ class Tally(NamedTuple):
     whole: Tensor  # (n, columns)
 
 
+Tallies = dict[str, Tally]  # of a task, by the names of its figures
+
+
 def mean_ratio(part: Tensor, whole: Tensor) -> Tensor:
     """Sums (..., columns) -> (...), over the columns that hold anything."""
     return (part / whole).nanmean(-1)  # 0 / 0: a class of which a resample has no tile
 
 
-def figures_of(tallies: dict[str, Tally]) -> dict[str, float]:
+def figures_of(tallies: dict) -> dict:
     """What tiles were tallied for: {metric: value}."""
     found = {}
     for metric, tally in tallies.items():
@@ -586,7 +500,7 @@ def tally_mean(values: Tensor) -> Tally:
     return Tally(values, torch.ones_like(values))
 
 
-def tally_answers(predicted: Tensor, truth: Tensor) -> dict[str, Tally]:
+def tally_answers(predicted: Tensor, truth: Tensor) -> Tallies:
     """Of labels (n,): the accuracy in each class of `truth`, averaged, and that of all tiles."""
     hits = predicted == truth
     in_class = (truth[:, None] == truth.unique()).double()  # (n, K)
@@ -594,19 +508,11 @@ def tally_answers(predicted: Tensor, truth: Tensor) -> dict[str, Tally]:
     return {"balanced_accuracy": balanced, "accuracy": tally_mean(hits)}
 
 
-def accuracies(predicted: Tensor, truth: Tensor) -> dict[str, float]:
-    """Of labels (n,): balanced_accuracy, the mean over the classes of `truth`, and accuracy."""
-    return figures_of(tally_answers(predicted, truth))
+# A task learns from features train_x (n, D) and class numbers train_y (n,), and is asked about
+# test_x (q, D) and test_y (q,).
 
 
-def knn(*problem: Tensor, k: int = 20) -> dict[str, float]:
-    """train_x (n, D), train_y (n,), test_x (q, D), test_y (q,) -> figures; see tally_knn."""
-    return figures_of(tally_knn(*problem, k=k))
-
-
-def tally_knn(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20
-) -> dict[str, Tally]:
+def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20) -> Tallies:
     """Weighted votes of the k nearest. Equal votes: the lower class number."""
     similarity, index = nearest(train_x, test_x, k)
     weights = (similarity / 0.07).exp()  # (q, k)
@@ -615,14 +521,7 @@ def tally_knn(
     return tally_answers(votes.argmax(1), test_y)
 
 
-def retrieval(*problem: Tensor) -> dict[str, float]:
-    """As knn; see tally_retrieval."""
-    return figures_of(tally_retrieval(*problem))
-
-
-def tally_retrieval(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
-) -> dict[str, Tally]:
+def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Tallies:
     """Whether the nearest tiles are of the query's class; see PROTOCOLS."""
     _, index = nearest(train_x, test_x, 5)
     labels = train_y[index]  # (q, 5)
@@ -637,19 +536,9 @@ def tally_retrieval(
     return tallies
 
 
-def adaptive_retrieval(*problem: Tensor | int, shortlist: int = SHORTLIST) -> dict[str, float]:
-    """As knn, then the dim; see tally_adaptive."""
-    return figures_of(tally_adaptive(*problem, shortlist=shortlist))
-
-
-def tally_adaptive(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
-    dim: int,
-    shortlist: int = SHORTLIST,
-) -> dict[str, Tally]:
+def adaptive_retrieval(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, dim: int, shortlist: int
+) -> Tallies:
     """The nearest at `dim` channels, re-ranked at all of them; see PROTOCOLS.
 
     It takes features whole, unlike the other tasks, and cuts them itself.
@@ -717,28 +606,14 @@ def fit_linear(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return W, bias.detach() - W @ mean, classes
 
 
-def linear_probe(*problem: Tensor) -> dict[str, float]:
-    """As knn; see tally_linear."""
-    return figures_of(tally_linear(*problem))
-
-
-def tally_linear(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
-) -> dict[str, Tally]:
+def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Tallies:
     """Logistic regression on frozen features; see fit_linear."""
     W, bias, classes = fit_linear(train_x, train_y)
     logits = test_x.double() @ W.T + bias  # (q, K)
     return tally_answers(classes[logits.argmax(1)], test_y)
 
 
-def dense_probe(*problem: Tensor) -> dict[str, float]:
-    """train_x (n, N, D), train_y (n, S, S), then of the test tiles -> figures; see tally_dense."""
-    return figures_of(tally_dense(*problem))
-
-
-def tally_dense(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
-) -> dict[str, Tally]:
+def dense_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Tallies:
     """The linear probe on patch tokens, its logits enlarged to the mask; see PROTOCOLS.
 
     x: (n, N, D), y: masks (n, S, S) of class numbers 0 to 255.
@@ -747,6 +622,7 @@ def tally_dense(
     y = F.interpolate(train_y[:, None].float(), (grid, grid), mode="nearest-exact")
     y = y.flatten().long()  # (n * N,)
     x = train_x.flatten(0, 1)  # (n * N, D)
+    # The same tokens for every model and dim, whatever else is evaluated
     chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     void = void_of(train_y, test_y)
     chosen = chosen[y[chosen] != void][:TOKENS]
@@ -776,7 +652,7 @@ def classes_in(*masks: Tensor) -> list[int]:
     return sorted(found)
 
 
-def tally_overlap(predicted: Tensor, truth: Tensor, void: int = -1) -> dict[str, Tally]:
+def tally_overlap(predicted: Tensor, truth: Tensor, void: int = -1) -> Tallies:
     """mIoU and Dice, means over the classes that are true or predicted somewhere.
 
     predicted, truth: (n, S, S). Pixels whose truth is `void` do not count.
@@ -817,11 +693,11 @@ PROTOCOLS = {
     "holds 0, which is no proof that the two are equal",
 }
 TASKS = {
-    "knn": tally_knn,
-    "linear": tally_linear,
-    "retrieval": tally_retrieval,
-    "adaptive": tally_adaptive,
-    "dense": tally_dense,
+    "knn": knn,
+    "linear": linear_probe,
+    "retrieval": retrieval,
+    "adaptive": adaptive_retrieval,
+    "dense": dense_probe,
 }
 
 
@@ -831,7 +707,8 @@ TASKS = {
 class ColourHistogram(nn.Module):
     """A model that sees stain alone: the shares of pixels in 8 bins of red, of green, of blue.
 
-    Of the tile as its summary (B, 24), of each of 8 x 8 fields as its patches (B, 64, 24).
+    Of the tile as its summary (B, 24), of each of 8 x 8 fields as its patches (B, 64, 24). It
+    stands in the table as a model does, and is asked the same tasks.
     """
 
     def __init__(self, img_size: int):
@@ -848,7 +725,7 @@ class ColourHistogram(nn.Module):
         return {"summary": patches.mean(1), "patches": patches}
 
 
-def tally_chance(task: str, train_y: Tensor, test_y: Tensor) -> dict[str, Tally]:
+def tally_chance(task: str, train_y: Tensor, test_y: Tensor) -> Tallies:
     """The figures of an answer that looks at no tile; see PROTOCOLS."""
     void = -1
     if task == "dense":
@@ -947,19 +824,20 @@ def choose_pairs(models: dict) -> dict[str, tuple]:
     return pairs
 
 
-def compare(pairs: dict, tallies: dict[Figure, Tally], groups: Tensor, seed: int) -> list[dict]:
+def compare(pairs: dict, tallies: dict, draws: dict, groups: Tensor, seed: int) -> list[dict]:
     """The first figure of each label, pair by pair -> differences as results.json holds them.
 
-    Of the tiles that `resample` adds, either model has one right that the other has wrong.
+    pairs: see choose_pairs; tallies: {Figure: Tally}; draws: of `resample`, with the same seed.
     """
-    values = figures_of(tallies)
     first = {}  # {label: (task, metric)}
     firsts = {}  # the tallies of these
     for figure, tally in tallies.items():
         first.setdefault(figure.label, (figure.task, figure.metric))
         if first[figure.label] == (figure.task, figure.metric):
             firsts[figure] = tally
-    draws = resample(firsts, groups, seed)
+    values = figures_of(firsts)
+    # Of the tiles that are added either model has one right that the other has wrong: the same two
+    # right in both would say that they differ less than these tiles can tell.
     other_draws = resample(firsts, groups, seed, right=(1, 0, 1, 0))
     found = []
     for label, (task, metric) in first.items():
@@ -975,8 +853,9 @@ def compare(pairs: dict, tallies: dict[Figure, Tally], groups: Tensor, seed: int
                 verdict = "below"
             bounds = f"({per_cent(low):.1f} to {per_cent(high):.1f})"
             text = f"{words}: {per_cent(difference):+.1f} {bounds}: {verdict}"
-            found.append({"label": label, "task": task, "metric": metric, "text": text})
-            found[-1] |= {"difference": difference, "low": low, "high": high, "verdict": verdict}
+            row = {"label": label, "task": task, "metric": metric, "text": text}
+            row |= {"difference": difference, "low": low, "high": high, "verdict": verdict}
+            found.append(row)
     return found
 
 
@@ -1012,21 +891,25 @@ def run_tasks(
     for size, group in by_size(all_models).items():  # each model sees tiles of its own size
         train_tiles, test_tiles = open_splits(root, seed, size)
         plan, left_out = plan_tasks(train_tiles, tasks or list(TASKS))
-        train = extract(group, train_tiles, plan, "embedding train")
-        test = extract(group, test_tiles, plan, "embedding test")
+        train = embed_tiles(group, train_tiles, plan, "embedding train")
+        test = embed_tiles(group, test_tiles, plan, "embedding test")
         if root:
             unreadable.update(train_tiles.unreadable, test_tiles.unreadable)
-            doubts.update(find_doubts(train_tiles, test_tiles))
-            seen += tell_scale(test_tiles, group)
-        if "mask" in plan:
-            doubts.update(mask_doubts(train["mask"], test["mask"]))
+            doubts.update(find_doubts(train, test))
+            seen += tell_scale(test["side"], size, group)
         for name, (_, dims) in group.items():
             for dim in dims:
                 tallies |= score(name, dim, plan, train, test)
     # From here on only labels and groups are needed, and these are the same at every size
     tallies |= score(CHANCE, BASELINES[CHANCE], plan, train, test)
     left_out += drop_meaningless(tallies, train)
-    draws = resample(tallies, test["group"], seed)
+    label = next(iter(plan))
+    n = {"train": len(train[label]), "test": len(test[label])}
+    groups = torch.arange(n["test"])  # each tile its own
+    if "group" in test:
+        groups = test["group"]
+        n["groups"] = len(groups.unique())
+    draws = resample(tallies, groups, seed)
     run = {figure.task for figure in tallies}
     return {
         "protocol": {key: PROTOCOLS[key] for key in PROTOCOLS if key in run or key not in TASKS},
@@ -1038,8 +921,8 @@ def run_tasks(
         "unreadable": sorted(unreadable),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "rows": make_rows(models, tallies, draws, count_tiles(train, test)),
-        "differences": compare(choose_pairs(models), tallies, test["group"], seed),
+        "rows": make_rows(models, tallies, draws, n),
+        "differences": compare(choose_pairs(models), tallies, draws, groups, seed),
     }
 
 
@@ -1066,49 +949,42 @@ def plan_tasks(tiles: Dataset, tasks: list[str]) -> tuple[dict[str, list[str]], 
     """The tasks that fit the labels of tiles to learn from -> {label: [task, ...]}; left out, in
     words. InputError: none fits.
     """
-    tile = tiles[0]
     needed = 5 * SHORTLIST
-    left_out = []
     plan = {}
-    for label, kind in LABELS.items():
-        fitting = [task for task in tasks if (task == "dense") == (kind == "patches")]
-        if label not in tile:
-            continue
-        if "adaptive" in fitting and len(tiles) < needed:
-            fitting.remove("adaptive")
-            left_out = [f"adaptive, which needs {needed} tiles to learn from"]
-        if fitting:
-            plan[label] = fitting
+    left_out = []
+    tile = tiles[0]
+    for label in LABELS:
+        for task in tasks:
+            fits = (task == "dense") == (LABELS[label] == "patches")
+            if label not in tile or not fits:
+                continue
+            if task == "adaptive" and len(tiles) < needed:
+                left_out = [f"adaptive, which needs {needed} tiles to learn from"]
+                continue
+            plan.setdefault(label, []).append(task)
     if not plan:
-        why = "the tiles have masks, no classes"
-        if left_out:
-            why = f"adaptive needs {needed} tiles to learn from, there are {len(tiles)}"
-        elif "dense" in tasks:
-            why = "the tiles have classes, no masks"
-        raise InputError(f"--tasks: {why}; choose other tasks")
+        raise InputError(
+            f"--tasks: none fits these {len(tiles)} tiles to learn from; dense needs masks, all "
+            f"others need classes, adaptive {needed} tiles as well; choose other tasks"
+        )
     return plan, left_out
 
 
-def extract(models: dict, tiles: Dataset, plan: dict, title: str) -> dict:
+def embed_tiles(models: dict, tiles: Dataset, labels: Iterable[str], title: str) -> dict:
     """One pass over the tiles for all models -> features and labels of the readable ones.
 
-    Features (n, D) or (n, N, D) are keyed (model, kind), labels (n,) or (n, S, S) by their name;
-    "group": (n,), each tile its own where labels.csv names none.
+    Features (n, D) or (n, N, D), of the kinds that these labels are asked of, are keyed (model,
+    kind); whatever tiles come with, as labels (n,) and masks (n, S, S), is keyed by its name.
     """
-    kinds = {LABELS[label] for label in plan}
+    kinds = {LABELS[label] for label in labels}
     parts = defaultdict(list)
     for batch in readable_batches(tiles, title):
         for name, (model, _) in models.items():
             for kind, x in features(model, batch["image"], kinds).items():
                 parts[name, kind].append(x)
-        for label in batch.keys() & {*plan, "group"}:
-            parts[label].append(batch[label])
-    extracted = {}
-    for key in parts:
-        extracted[key] = torch.cat(parts[key])
-    tiles_read = len(extracted[next(iter(plan))])
-    extracted.setdefault("group", torch.arange(tiles_read))
-    return extracted
+        for key in batch.keys() - {"image"}:
+            parts[key].append(batch[key])
+    return {key: torch.cat(values) for key, values in parts.items()}
 
 
 def score(name: str, dim: int, plan: dict, train: dict, test: dict) -> dict[Figure, Tally]:
@@ -1120,7 +996,9 @@ def score(name: str, dim: int, plan: dict, train: dict, test: dict) -> dict[Figu
             if name == CHANCE:
                 found = tally_chance(task, train[label], test[label])
             elif task == "adaptive":  # takes features whole, and cuts them itself
-                found = tally_adaptive(train[key], train[label], test[key], test[label], dim)
+                found = adaptive_retrieval(
+                    train[key], train[label], test[key], test[label], dim, SHORTLIST
+                )
             else:
                 cut = truncate({"train": train[key], "test": test[key]}, dim)
                 found = TASKS[task](cut["train"], train[label], cut["test"], test[label])
@@ -1140,40 +1018,23 @@ def drop_meaningless(tallies: dict[Figure, Tally], train: dict) -> list[str]:
     return list(words.values())
 
 
-def tell_scale(tiles: CentreTiles, models: dict) -> list[str]:
-    """Where students see tiles at another scale than in training, which crops at the tiles' own."""
-    names = []
-    for name, (model, _) in models.items():
-        if isinstance(model, Student):
-            names.append(name)
-    sides = []
-    for file in tiles.files[:9]:
-        try:
-            sides.append(min(open_tile(tiles.root / file).size))
-        except UnreadableTile:
-            continue  # named when all are read
-    side = int(np.median(sides or tiles.size))
-    if side == tiles.size or not names:
+def tell_scale(sides: Tensor, size: int, models: dict) -> list[str]:
+    """Where students see tiles at another scale than in training, which crops at the tiles' own.
+
+    sides: the shorter ones of the tiles, before they were resized to `size`
+    """
+    students = [name for name, (model, _) in models.items() if isinstance(model, Student)]
+    side = int(sides.median())
+    if side == size or not students:
         return []
-    how = f"{side / tiles.size:.3g} times coarser"
-    if side < tiles.size:
-        how = f"{tiles.size / side:.3g} times finer"
-    seers = ", ".join(names)
-    return [f"tiles of {side} px are seen at {tiles.size} px, {how} than in training ({seers})"]
+    how = f"{side / size:.3g} times coarser"
+    if side < size:
+        how = f"{size / side:.3g} times finer"
+    seers = ", ".join(students)
+    return [f"tiles of {side} px are seen at {size} px, {how} than in training ({seers})"]
 
 
-def count_tiles(train: dict, test: dict) -> dict[str, int]:
-    """How many there are of each split; of groups to test on, where labels.csv has them."""
-    n = {"train": len(train["group"]), "test": len(test["group"])}
-    groups = len(test["group"].unique())
-    if groups < n["test"]:
-        n["groups"] = groups
-    return n
-
-
-def make_rows(
-    models: dict, tallies: dict[Figure, Tally], draws: dict[Figure, Tensor], n: dict[str, int]
-) -> list[dict]:
+def make_rows(models: dict, tallies: dict, draws: dict, n: dict[str, int]) -> list[dict]:
     """The rows of the table and of results.json; the baselines come last."""
     rows = {}
     for name, (model, dims) in models.items():
@@ -1208,9 +1069,8 @@ def print_result(result: dict) -> None:
     print()
     sizes = {}
     for row in rows:
-        sizes[row["model"]] = f"{row['model']} {row['parameters'] / 1e6:.3f} M"
-    for name in BASELINES:
-        del sizes[name]
+        if row["model"] not in BASELINES:
+            sizes[row["model"]] = f"{row['model']} {row['parameters'] / 1e6:.3f} M"
     print(f"parameters: {', '.join(sizes.values())}")
     for doubt in result["doubts"]:
         print(f"warning: {doubt}")
@@ -1224,9 +1084,7 @@ def print_result(result: dict) -> None:
 def print_table(rows: list[dict], label: str) -> None:
     """The table of one label: a line for each model and dim, "-" where a row has no such figure."""
     first = rows[0]
-    width = 16
-    for row in rows:
-        width = max(width, len(row["model"]))
+    width = max(16, *(len(row["model"]) for row in rows))
     n = first["n"]
     title = f"{label}, %, {n['train']} tiles to learn from, {n['test']} to test"
     if "groups" in n:
@@ -1260,22 +1118,32 @@ def cell(row: dict, label: str, task: str, metric: str) -> str:
     return text
 
 
-def save_result(result: dict, title: str, folder: str | Path) -> None:
-    """Put a result under its title into folder/results.json; those of other tiles stay.
+def read_results(file: Path) -> dict[str, dict]:
+    """What results.json holds, {title: result}. InputError: it cannot be read; names --out."""
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{file} cannot be read ({error}); move it, or give another folder with --out"
+        ) from None
+
+
+def save_result(result: dict, title: str, folder: str | Path, name: str = "results.json") -> None:
+    """Put a result under its title into folder/name; those of other tiles stay.
 
     result["data"], where it is there, says which tiles: another result of the same title keeps it,
     and this one gets a number. InputError: it cannot be read or written; names --out.
     """
-    file = Path(folder) / "results.json"
-    results = {}
-    if file.exists():
-        try:
-            results = dict(json.loads(file.read_text()))
-        except (OSError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{file} cannot be read ({error}); move it, or give another folder with --out"
-            ) from None
-    title = free_title(results, title, result.get("data"))
+    file = Path(folder) / name
+    results = read_results(file)
+    data = result.get("data")
+    typed = title
+    number = 1
+    while title in results and results[title].get("data", data) != data:
+        number += 1
+        title = f"{typed} ({number})"
     replaced = ", instead of its earlier rows" if title in results else ""
     results[title] = result
     try:
@@ -1285,36 +1153,24 @@ def save_result(result: dict, title: str, folder: str | Path) -> None:
     print(f"{title}: {file}{replaced}")
 
 
-def free_title(results: dict, title: str, data: str | None) -> str:
-    """The title under which results of the same tiles stand, or one that is not of other tiles."""
-    for known, other in results.items():
-        if data and isinstance(other, dict) and other.get("data") == data:
-            return known
-    number = 1
-    name = title
-    while name in results and results[name].get("data", data) != data:
-        number += 1
-        name = f"{title} ({number})"
-    return name
-
-
-def write_embeddings(
-    student: Student, config: dict, folder: str, dim: int, half: bool, out: str
-) -> None:
-    """Write an .npz: of all tiles below a folder the first `dim` channels and paths; licences."""
-    top, files = list_tiles([folder], "--embed")
+def write_embeddings(args: Namespace) -> None:
+    """The program behind --embed: of all tiles below a folder the first channels, as an .npz."""
+    student, config = load_student(args.runs[0])
+    dim = args.dim or student.width
+    check_dim(dim, student, args.runs[0], "--dim")
+    student.to(choose_device(args.device)[0])
+    top, files = list_tiles([args.embed], "--embed")
     tiles = CentreTiles(top, student.img_size, files)
-    embeddings = np.empty((len(tiles), dim), np.float16 if half else np.float32)
+    # Made whole at once: to join the batches of a million tiles would take twice the memory
+    embeddings = np.empty((len(tiles), dim), np.float16 if args.half else np.float32)
     paths = []
-    for batch in readable_batches(tiles, f"embedding {folder}"):
+    for batch in readable_batches(tiles, f"embedding {args.embed}"):
         tokens = truncate({"summary": embed(student, batch["image"])}, dim)
         start = len(paths)
         for k in batch["index"]:
             paths.append(files[k])
         embeddings[start : len(paths)] = tokens["summary"]
-    licences = []
-    for name, text in config.get("licences", {}).items():
-        licences.append(f"{name}: {text}")
+    licences = [f"{name}: {text}" for name, text in config.get("licences", {}).items()]
     content = {
         "embeddings": embeddings[: len(paths)],  # (n, dim), of the readable tiles
         "paths": paths,
@@ -1323,13 +1179,11 @@ def write_embeddings(
         "model": config["student"],
         "step": config["step"],
     }
-    save_atomically(content, out, write_npz)
-    print(f"{len(paths)} embeddings of {dim} channels in {out}; licences: {'; '.join(licences)}")
-
-
-def write_npz(content: dict, file) -> None:
-    """What save_atomically calls to write the .npz."""
+    file = io.BytesIO()
     np.savez(file, **content)
+    save_atomically(file.getvalue(), args.out)
+    print(f"{len(paths)} embeddings of {dim} channels in {args.out}")
+    print(f"licences: {'; '.join(licences)}")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -1368,13 +1222,9 @@ def check_args(args: Namespace) -> None:
             raise InputError(f"--out: {args.out} exists; choose another name, or remove it")
         flags = (args.data, args.tasks, args.dims, args.teachers)
         if flags != (None, None, None, None) or args.seed:
-            raise InputError(
-                "--embed: --data, --tasks, --dims, --teachers, --seed have no part in it"
-            )
+            raise InputError("--embed: leave out --data, --tasks, --dims, --teachers, --seed")
     elif args.dim or args.half:
-        raise InputError(
-            "--dim, --half: they need --embed DIR; python -m extras.export cuts students"
-        )
+        raise InputError("--dim, --half: they need --embed DIR; extras.export cuts students")
     elif args.out and Path(args.out).is_file():
         raise InputError(f"--out: {args.out} is a file; give a folder for results.json")
 
@@ -1383,15 +1233,6 @@ def check_dim(dim: int, student: Student, run: str, flag: str) -> None:
     """InputError: the student has fewer channels."""
     if dim > student.width:
         raise InputError(f"{flag}: {dim} is above the width of {run}; give at most {student.width}")
-
-
-def embed_tiles(args: Namespace) -> None:
-    """The program behind --embed."""
-    student, config = load_student(args.runs[0])
-    dim = args.dim or student.width
-    check_dim(dim, student, args.runs[0], "--dim")
-    student.to(choose_device(args.device)[0])
-    write_embeddings(student, config, args.embed, dim, args.half, args.out)
 
 
 def load_models(args: Namespace) -> dict[str, tuple[nn.Module, list[int]]]:
@@ -1422,35 +1263,25 @@ def evaluate_runs(args: Namespace) -> None:
     """The program without --embed: a table of students and teachers, printed first, then saved."""
     result = run_tasks(load_models(args), args.data, args.seed, args.tasks)
     print_result(result)
+    title = os.path.normpath(args.data) if args.data else DRAWN
+    folders = [args.out]
+    if args.out is None:  # that of each run
+        folders = dict.fromkeys(student_file(run).parent for run in args.runs)
     problems = []
-    for folder in result_folders(args.runs, args.out):
+    for folder in folders:
         try:
-            save_result(result, args.data or DRAWN, folder)
+            save_result(result, title, folder)
         except InputError as problem:  # the other folders get theirs
             problems.append(str(problem))
     if problems:
         raise InputError("; ".join(problems))
 
 
-def result_folders(runs: list[str], out: str | None) -> list[Path]:
-    """The folders for results.json: --out, or that of each run."""
-    if out:
-        return [Path(out)]
-    folders = []
-    for run in runs:
-        folder = Path(run)
-        if not folder.is_dir():
-            folder = folder.parent
-        if folder not in folders:
-            folders.append(folder)
-    return folders
-
-
 def main() -> None:
     """The command line."""
     args = parse_args()
     if args.embed:
-        embed_tiles(args)
+        write_embeddings(args)
     else:
         evaluate_runs(args)
 

@@ -436,12 +436,12 @@ def is_labelled(root: Path) -> bool:
 def class_names(root: Path, files: list[str], targets: dict) -> list[str]:
     """The names of the class numbers of `labelled_files`, in order."""
     label_of = {}
-    if (root / "labels.csv").exists():
-        for pairs in evaluate.read_labels(root / "labels.csv").values():
-            label_of.update(pairs)
+    for rows in evaluate.find_rows(root)[1].values():
+        for row in rows:
+            label_of[row.file] = row.label
     names = {}
     for file, number in zip(files, targets["class"], strict=True):
-        names[number] = label_of.get(file) or Path(file).parts[1]
+        names[number] = label_of[file]
     return [names[number] for number in sorted(names)]
 
 

@@ -45,12 +45,12 @@ from data import (
     list_tiles,
     make_parser,
     natural,
+    open_mask,
     open_tile,
     path,
     progress,
     run_program,
 )
-from evaluate import open_mask
 from student import InputError
 
 # Names of folders and splits, in lower case; of several the first that is there is taken.

@@ -31,7 +31,6 @@ picture, figures/robustness-DATA.png. On n tiles an accuracy has a standard erro
 50 / sqrt(n) points.
 """
 
-import json
 import math
 from argparse import Namespace
 from collections.abc import Callable
@@ -48,13 +47,14 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import evaluate
-from data import batches, make_parser, name_list, natural, path, run_program, save_atomically
+from data import make_parser, name_list, natural, path, run_program
 from extras import figures
 from student import InputError, truncate
 
 TILES = 1024  # of drawn tissue, in the bank and again to test on
 SIZE = 224  # pixels a side of the tiles that lengths are given for
 LEVELS = (1, 2, 3)
+FILE = "robustness.json"
 
 
 # ---- corruptions: image uint8 (3, S, S), strength, seed -> image of the same kind ----------------
@@ -167,34 +167,6 @@ def open_tiles(root: str | None, seed: int, size: int) -> tuple[Dataset, Dataset
     return bank, test, labels
 
 
-class Embedded(NamedTuple):
-    """The readable tiles of one pass."""
-
-    features: dict[str, Tensor]  # {model: (n, D)}
-    labels: dict[str, Tensor]  # {label: class numbers (n,)}
-
-
-def count(tiles: Embedded) -> int:
-    """How many they are."""
-    return len(next(iter(tiles.labels.values())))
-
-
-def embed_tiles(models: dict, tiles: Dataset, labels: list[str], title: str) -> Embedded:
-    """One pass over the tiles for all models, {name: (model, dims)}."""
-    features = {name: [] for name in models}
-    numbers = {label: [] for label in labels}
-    for batch in batches(tiles, range(len(tiles)), 64, evaluate.WORKERS, label=title):
-        readable = torch.ones(len(batch["image"]), dtype=torch.bool)
-        if "index" in batch:  # drawn tissue has none
-            readable = batch["index"] >= 0
-        for name, (model, _) in models.items():
-            features[name].append(evaluate.embed(model, batch["image"][readable]))
-        for label in labels:
-            numbers[label].append(batch[label][readable])
-    joined = {name: torch.cat(parts) for name, parts in features.items()}
-    return Embedded(joined, {label: torch.cat(parts) for label, parts in numbers.items()})
-
-
 def measure(models: dict[str, tuple[nn.Module, list[int]]], root: str | None, seed: int) -> dict:
     """Every model at each of its dims, on clean tiles and under every corruption.
 
@@ -206,26 +178,26 @@ def measure(models: dict[str, tuple[nn.Module, list[int]]], root: str | None, se
     rows = []
     for size, group in evaluate.by_size(models).items():  # each model sees tiles of its own size
         bank_tiles, test_tiles, labels = open_tiles(root, seed, size)
-        bank = embed_tiles(group, bank_tiles, labels, "embedding the bank")
-        clean = embed_tiles(group, test_tiles, labels, "embedding clean tiles")
-        rows += compare(group, bank, clean, clean, "clean", 0)
+        bank = evaluate.embed_tiles(group, bank_tiles, labels, "embedding the bank")
+        clean = evaluate.embed_tiles(group, test_tiles, labels, "embedding clean tiles")
+        rows += compare(group, labels, bank, clean, clean, "clean", 0)
         for name in CORRUPTIONS:
             for level in LEVELS:
                 tiles = CorruptedTiles(test_tiles, name, level, seed)
-                spoilt = embed_tiles(group, tiles, labels, describe(name, level))
-                rows += compare(group, bank, clean, spoilt, name, level)
-        others = {name: x.roll(1, 0) for name, x in clean.features.items()}
-        rows += compare(group, bank, clean, Embedded(others, {}), "another tile", 0)
+                spoilt = evaluate.embed_tiles(group, tiles, labels, describe(name, level))
+                rows += compare(group, labels, bank, clean, spoilt, name, level)
+        others = {key: x.roll(1, 0) for key, x in clean.items()}
+        rows += compare(group, [], bank, clean, others, "another tile", 0)
     chance = {}
-    for label, numbers in clean.labels.items():
-        chance[label] = 1 / len(numbers.unique())
+    for label in labels:
+        chance[label] = 1 / len(clean[label].unique())
     strengths = {}
     for name, corruption in CORRUPTIONS.items():
         strengths[name] = corruption.strengths
     return {
         "protocol": evaluate.PROTOCOLS["knn"] + "; the bank is clean",
         "strengths": strengths,
-        "n": {"bank": count(bank), "test": count(clean)},
+        "n": {"bank": len(bank[labels[0]]), "test": len(clean[labels[0]])},
         "chance": chance,  # of the balanced accuracy
         "seed": seed,
         "torch": torch.__version__,
@@ -235,22 +207,22 @@ def measure(models: dict[str, tuple[nn.Module, list[int]]], root: str | None, se
 
 
 def compare(
-    models: dict, bank: Embedded, clean: Embedded, spoilt: Embedded, name: str, level: int
+    models: dict, labels: list[str], bank: dict, clean: dict, spoilt: dict, name: str, level: int
 ) -> list[dict]:
-    """The rows of one corruption: a row for each model and dim; of labels that `spoilt` has."""
+    """The rows of one corruption: a row for each model and dim.
+
+    bank, clean, spoilt: features and class numbers, as evaluate.embed_tiles returns them
+    """
     rows = []
     for model, (_, dims) in models.items():
-        whole = {
-            "bank": bank.features[model],
-            "clean": clean.features[model],
-            "spoilt": spoilt.features[model],
-        }
+        key = (model, "summary")
+        whole = {"bank": bank[key], "clean": clean[key], "spoilt": spoilt[key]}
         for dim in dims:
             cut = truncate(whole, dim)
             scores = {}
-            for label in spoilt.labels:
-                truth = spoilt.labels[label]
-                scores[label] = evaluate.knn(cut["bank"], bank.labels[label], cut["spoilt"], truth)
+            for label in labels:
+                found = evaluate.knn(cut["bank"], bank[label], cut["spoilt"], spoilt[label])
+                scores[label] = evaluate.figures_of(found)
             cosine = F.cosine_similarity(cut["clean"].double(), cut["spoilt"].double())
             row = {"model": model, "dim": dim, "corruption": name, "level": level}
             rows.append({**row, "cosine": cosine.mean().item(), "scores": scores})
@@ -365,37 +337,6 @@ def print_line(text: str, values: list[float | None], widths: list[int], digits:
 # ---- the file and the picture --------------------------------------------------------------------
 
 
-def read_results(file: Path) -> dict[str, dict]:
-    """What robustness.json holds: {title: result}; {} where there is none. InputError: something
-    else.
-    """
-    if not file.exists():
-        return {}
-    remedy = "move it, or give another folder with --out"
-    try:
-        results = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}); {remedy}") from None
-    if not isinstance(results, dict):
-        results = {"": results}
-    for result in results.values():
-        if not isinstance(result, dict) or "strengths" not in result:
-            raise InputError(f"{file} is not of extras.robustness; {remedy}")
-    return results
-
-
-def save_result(result: dict, title: str, file: Path) -> None:
-    """Put a result under its title into robustness.json; those of other titles stay."""
-    results = read_results(file)
-    again = " (the earlier result of these tiles is replaced)" if title in results else ""
-    results[title] = result
-    try:
-        save_atomically(json.dumps(results, indent=1).encode(), file)
-    except InputError as error:
-        raise InputError(f"{error} with --out") from None
-    print(f"{title}: {file}{again}", flush=True)
-
-
 def draw_result(result: dict, title: str, file: Path) -> None:
     """A row of panels for each label and one for the cosines, a panel for each corruption: its
     strength to the right, a line for each model and dim.
@@ -483,13 +424,12 @@ def main() -> None:
         raise InputError(f"--out: {out} is a file; give a folder for robustness.json")
     if not out.is_dir() and not args.out:
         out = out.parent  # RUN is a student.pt
-    file = out / "robustness.json"
-    read_results(file)  # what is in the way is found before the work, not after
+    evaluate.read_results(out / FILE)  # what is in the way is found before the work, not after
     models = evaluate.load_models(Namespace(runs=[args.run], dims=None, **vars(args)))
     result = measure(models, args.data, args.seed)
     print_result(result)
     title = args.data or evaluate.DRAWN
-    save_result(result, title, file)
+    evaluate.save_result(result, title, out, FILE)
     try:
         matplotlib = figures.import_matplotlib()
     except InputError as problem:

@@ -808,14 +808,15 @@ def test_two_tables_of_what_models_know_and_whose_decisions_they_share(registere
             x = evaluate.embed(models[name], bank)[:, :m]
             z = evaluate.embed(models[name], queries)[:, :m]
             for metric, task in (("kNN", evaluate.knn), ("linear", evaluate.linear_probe)):
-                expected = 100 * task(x, bank_y, z, y)["balanced_accuracy"]
+                found = evaluate.figures_of(task(x, bank_y, z, y))
+                expected = 100 * found["balanced_accuracy"]
                 assert scores[part][name, m, "A", metric] == pytest.approx(expected)
     assert scores["test"] != scores["held"]
 
 
 @pytest.mark.parametrize(
     ("classes", "n", "why"),
-    [("x", 6, "all tiles of train are of one class"), ("xy", 4, "too few training tiles")],
+    [("x", 6, "tiles of train are of 1 classes"), ("xy", 4, "too few training tiles")],
 )
 def test_too_few_labelled_tiles_are_refused(run, registered, tmp_path, classes, n, why):
     for letter in classes:

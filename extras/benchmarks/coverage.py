@@ -92,8 +92,8 @@ def simulate(setting: Setting, times: int, seed: int) -> dict[float, dict[str, f
     groups = alone // setting.group
     for k in range(times):
         tallies = draw_pair(setting, torch.Generator().manual_seed(seed + k))
-        differences = evaluate.compare(pairs, tallies, groups, k)
         draws = evaluate.resample(tallies, groups, k)
+        differences = evaluate.compare(pairs, tallies, draws, groups, k)
         unaware = draws
         if setting.group > 1:
             unaware = evaluate.resample(tallies, alone, k)

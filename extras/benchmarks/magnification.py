@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import draw_tissue, make_parser, positive, run_program
-from evaluate import embed, knn, load_student
+from evaluate import embed, figures_of, knn, load_student
 from student import InputError
 
 SIDE = 64  # pixels of a tile
@@ -54,8 +54,8 @@ def main() -> None:
     for scale, resampled in ((1, False), (1.41, False), (2, False), (2, True)):
         images, test_cells, test_tissue = draw("test", scale, resampled, args.tiles)
         z = embed(student, images)
-        cells = 100 * knn(bank, bank_cells, z, test_cells)["accuracy"]
-        tissue = 100 * knn(bank, bank_tissue, z, test_tissue)["accuracy"]
+        cells = 100 * figures_of(knn(bank, bank_cells, z, test_cells))["accuracy"]
+        tissue = 100 * figures_of(knn(bank, bank_tissue, z, test_tissue))["accuracy"]
         name = f"{scale} x, resampled" if resampled else f"{scale} x"
         print(f"{name}: cells {cells:.1f} %, tissue {tissue:.1f} %", flush=True)
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 import evaluate
 from data import TissueTiles, make_parser, path, positive, run_program
-from evaluate import embed, knn, linear_probe, load_student
+from evaluate import embed, figures_of, knn, linear_probe, load_student
 from extras.benchmarks.timing import ROOT
 from student import InputError, millions, truncate
 from teachers import OFFLINE_STEPS, load_teacher
@@ -193,7 +193,7 @@ def measure(out: Path, weights: Path, seed: int, steps: int, tiles: str | None) 
             for probe, task in PROBES.items():
                 train_y = labels["train"][label]
                 test_y = labels["test"][label]
-                result = task(x["train"], train_y, x["test"], test_y)
+                result = figures_of(task(x["train"], train_y, x["test"], test_y))
                 scores[name, m, label, probe] = 100 * result[metric]
     return scores
 

@@ -56,7 +56,7 @@ from data import (
     run_program,
     save_atomically,
 )
-from evaluate import accuracies, embed, fit_linear, knn, load_student
+from evaluate import embed, figures_of, fit_linear, knn, load_student, tally_answers
 from extras.benchmarks.miniature import (
     BOTH,
     DIMS,
@@ -283,8 +283,8 @@ def measure(models: dict[str, nn.Module], folders: dict[str, Labelled]) -> dict[
             for part in PARTS:
                 y = tiles[part][1]
                 decided = decisions[name, m][part]
-                neighbours = knn(features["kept"], bank_y, features[part], y)
-                linear = accuracies(decided, y)
+                neighbours = figures_of(knn(features["kept"], bank_y, features[part], y))
+                linear = figures_of(tally_answers(decided, y))
                 agree = (decided == of_teacher[part]).double().mean().item()
                 row = scores[part]
                 row[name, m, folder, "kNN"] = 100 * neighbours["balanced_accuracy"]
