@@ -23,6 +23,7 @@ sure these are.
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -77,6 +78,7 @@ DRAWN = "synthetic tissue"  # the title of results without --data
 CHANCE = "chance"
 HISTOGRAM = "colour histogram"
 BASELINES = {CHANCE: 0, HISTOGRAM: 24}  # the rows beside the models, and their dims
+FEW = 10  # tiles of a class to test on, below which the table says so; a rule of thumb
 VOID = 255  # in a mask: of no class, neither learned nor tested
 LAYOUTS = "train/CLASS/* and test/CLASS/*, labels.csv (path, label, split), or images/* and masks/*"
 COLUMNS = (["label", "path", "split"], ["group", "label", "path", "split"])  # of labels.csv
@@ -377,6 +379,8 @@ class CentreTiles(Dataset):
             image = Image.new("RGB", (1, 1))
             mask = Image.new("L", (1, 1))
         item["image"] = self.centre(image, "bicubic")
+        digest = hashlib.blake2b(item["image"].numpy().tobytes(), digest_size=8).digest()
+        item["pixels"] = int.from_bytes(digest, "big", signed=True)  # to find copies of a tile by
         item["side"] = min(image.size)
         for kind in self.targets:
             item[kind] = self.targets[kind][k]
@@ -402,9 +406,18 @@ def readable_batches(tiles: Dataset, title: str) -> Iterator[dict]:
         yield batch
 
 
-def find_doubts(train: dict, test: dict) -> list[str]:
-    """What makes figures doubtful -> sentences. train, test: as `embed_tiles` returns them."""
+def find_doubts(train: dict, test: dict, files: list[str]) -> list[str]:
+    """What makes figures doubtful -> sentences.
+
+    train, test: as `embed_tiles` returns them; files: those of the test tiles
+    """
     doubts = []
+    copies = test["index"][torch.isin(test["pixels"], train["pixels"])]
+    if len(copies):
+        doubts.append(
+            f"{len(copies)} of {len(files)} test tiles are in train too, pixel for pixel, as "
+            f"{files[copies[0]]}: known by heart"
+        )
     if "group" in test:
         groups = test["group"].unique()
         shared = torch.isin(groups, train["group"]).sum()
@@ -413,6 +426,15 @@ def find_doubts(train: dict, test: dict) -> list[str]:
                 f"{shared} of the {len(groups)} groups that are tested on are learned from too: "
                 "on others the figures would be lower"
             )
+    least = len(test["index"])
+    if "class" in test:
+        _, counts = test["class"].unique(return_counts=True)
+        least = counts.min().item()
+    if least < FEW:
+        doubts.append(
+            f"few tiles to test on, {least} (of the smallest class): no verdict means much, and "
+            f"intervals lean on the four tiles that they add; give {FEW} or more"
+        )
     if "mask" in test:
         values = classes_in(train["mask"], test["mask"])
         if len(values) == 1:
@@ -680,16 +702,17 @@ PROTOCOLS = {
     "retrieval": "test queries train, cosine; Acc@n: a hit among the n nearest; mMV@5: majority of "
     "five, ties to the nearest",
     "adaptive": "the 200 nearest at m channels, re-ranked at all, as in MRL (arXiv 2205.13147); "
-    "work: its multiply-adds, as a share of a full search",
+    "work: multiply-adds of both, as a share of a full search",
     "dense": "the linear probe on at most 100,000 patch tokens, each labelled by its centre; "
     "logits enlarged; all test pixels but those of 255, which is no class",
-    CHANCE: "always the most frequent class of the tiles to learn from; in retrieval, any tiles",
+    CHANCE: "always the most frequent class of the tiles to learn from; in retrieval, random tiles",
     HISTOGRAM: "the same tasks on shares of pixels in 8 bins a channel, 24 numbers, of the tiles "
     "that the first model sees: what does not beat it may have learned stain alone",
     "intervals": "95 % of 1000 resamples of the test tiles, or of the groups of labels.csv, with "
     "two tiles more that are right and two that are wrong, as Agresti and Coull add them; for this "
     "student and these tiles to learn from: other seeds and other tiles are not in it",
-    "differences": "points of the first figure, on the same resamples; within noise: the interval "
+    "differences": "points of a label's first figure (balanced accuracy by knn, or mIoU), at the "
+    "smallest, the middle and the whole dim, on the same resamples; within noise: the interval "
     "holds 0, which is no proof that the two are equal",
 }
 TASKS = {
@@ -805,9 +828,10 @@ def choose_pairs(models: dict) -> dict[str, tuple]:
     """What people want compared: {"A at 16 less B": ((A, 16), (B, its dim)), ...}.
 
     Students at their smallest, a middle and their largest dim, less each teacher, the colour
-    histogram, themselves whole, and earlier students whole.
+    histogram, themselves whole, and earlier students at the same dim, where they have it.
     """
     rivals = {}
+    earlier = []
     for name, (model, dims) in models.items():
         if isinstance(model, Teacher):
             rivals[name] = (name, dims[-1])
@@ -816,11 +840,15 @@ def choose_pairs(models: dict) -> dict[str, tuple]:
     for name, (model, dims) in models.items():
         if isinstance(model, Teacher):
             continue
-        rivals[f"{name} at {dims[-1]}"] = (name, dims[-1])
         for dim in sorted({dims[0], dims[len(dims) // 2], dims[-1]}):
-            for rival, key in rivals.items():
+            others = rivals | {f"{name} at {dims[-1]}": (name, dims[-1])}
+            for student, its_dims in earlier:
+                its_dim = dim if dim in its_dims else its_dims[-1]
+                others[f"{student} at {its_dim}"] = (student, its_dim)
+            for rival, key in others.items():
                 if key != (name, dim):
                     pairs[f"{name} at {dim} less {rival}"] = ((name, dim), key)
+        earlier.append((name, dims))
     return pairs
 
 
@@ -895,7 +923,7 @@ def run_tasks(
         test = embed_tiles(group, test_tiles, plan, "embedding test")
         if root:
             unreadable.update(train_tiles.unreadable, test_tiles.unreadable)
-            doubts.update(find_doubts(train, test))
+            doubts.update(find_doubts(train, test, test_tiles.files))
             seen += tell_scale(test["side"], size, group)
         for name, (_, dims) in group.items():
             for dim in dims:
@@ -1251,6 +1279,9 @@ def load_models(args: Namespace) -> dict[str, tuple[nn.Module, list[int]]]:
     teachers = args.teachers
     if teachers is None:
         teachers = [name for name in config["teachers"] if name in OFFLINE]
+        if teachers != config["teachers"]:
+            every = ",".join(config["teachers"])
+            print(f"teachers that are not beside it, as they take long: add --teachers {every}")
     recipe = config.get("teacher_recipe", {})
     find_weights(teachers, args.weights_dir)  # names all that are missing at once
     for name in teachers:

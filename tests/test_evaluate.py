@@ -891,10 +891,10 @@ def test_differences_are_of_the_same_resamples(tmp_path, run, cli, capsys, tissu
     for name in (str(run), str(same)):
         for dim in (4, 8, 48):
             expected.append(f"{name} at {dim} less colour histogram")
-            if name == str(same):
-                expected.append(f"{name} at {dim} less {run} at 48")
             if dim < 48:
                 expected.append(f"{name} at {dim} less {name} at 48")
+            if name == str(same):
+                expected.append(f"{name} at {dim} less {run} at {dim}")
     assert list(texts) == expected
     zero = texts[f"{same} at 48 less {run} at 48"]
     assert zero["difference"] == 0 and zero["verdict"] == "within noise"
@@ -1216,10 +1216,12 @@ def test_groups_of_labels_csv(tmp_path, run, cli, capsys):
     assert sorted(number_of) == [f"P{i}" for i in range(6)]
     assert sorted(number_of.values()) == list(range(6))
     cli(run, "--data", tmp_path / "d", "--tasks", "knn", "--dims", "8")
-    assert results(run)[str(tmp_path / "d")]["doubts"] == []
+    [few] = results(run)[str(tmp_path / "d")]["doubts"]
+    assert few.startswith("few tiles to test on, 2 (of the smallest class): no verdict")
     (tmp_path / "d" / "labels.csv").write_text(table.replace("P5", "P0"))
     cli(run, "--data", tmp_path / "d", "--tasks", "knn", "--dims", "8")
-    [doubt] = results(run)[str(tmp_path / "d")]["doubts"]
+    doubt, again = results(run)[str(tmp_path / "d")]["doubts"]
+    assert again == few
     assert doubt.startswith("1 of the 2 groups that are tested on are learned from too")
     assert f"warning: {doubt}\n" in capsys.readouterr().out
 
@@ -1241,6 +1243,24 @@ def test_a_tile_in_train_and_in_test_is_refused_also_through_links(tmp_path):
         "test/a/tile_000.png,a,test\ntrain/../train/b/tile_000.png,b,test\n"
     )
     assert "train/b/tile_000.png of train and train/../train/b/tile" in refusal(tmp_path)
+
+
+def test_copies_of_training_tiles_are_told_below_the_table(tmp_path, run, cli, capsys):
+    for split, first in (("train", 0), ("test", 40)):
+        for k, name in enumerate("ab"):
+            files = write_tiles(tmp_path / "d" / split / name, 10, (64, 64))
+            for i, file in enumerate(files):  # light and dark, so that they are tiles of their own
+                shift = first + 20 * k + i
+                Image.open(file).point(lambda v, s=shift: v // 2 + s).save(file)
+    cli(run, "--data", tmp_path / "d", "--tasks", "knn", "--dims", "8")
+    assert results(run)[str(tmp_path / "d")]["doubts"] == []
+    tile = Image.open(tmp_path / "d" / "train" / "a" / "tile_001.png")
+    tile.save(tmp_path / "d" / "test" / "b" / "tile_000.bmp")  # another file of the same pixels
+    cli(run, "--data", tmp_path / "d", "--tasks", "knn", "--dims", "8")
+    [doubt] = results(run)[str(tmp_path / "d")]["doubts"]
+    assert doubt.startswith("1 of 21 test tiles are in train too, pixel for pixel")
+    assert doubt.endswith("as test/b/tile_000.bmp: known by heart")
+    assert f"warning: {doubt}\n" in capsys.readouterr().out
 
 
 def test_folders_that_systems_leave_are_no_classes(tmp_path):
@@ -1416,16 +1436,16 @@ def dense(root, run, cli):
 
 
 def test_masks_of_one_value_and_black_and_white_ones_are_told(tmp_path, run, cli, capsys):
-    write_quadrants(tmp_path / "white", 20, (64, 64), values=(0, 255))
+    write_quadrants(tmp_path / "white", 50, (64, 64), values=(0, 255))  # ten to test on
     scores, doubts = dense(tmp_path / "white", run, cli)
     assert doubts == ["masks hold 0 and 255 alone: 255 is taken as a class, not as none"]
     assert scores["mIoU"] > 0.9
     assert f"warning: {doubts[0]}\n" in capsys.readouterr().out
-    write_quadrants(tmp_path / "three", 20, (64, 64), values=(0, 4))
+    write_quadrants(tmp_path / "three", 50, (64, 64), values=(0, 4))
     path = tmp_path / "three" / "masks" / "03.png"
     Image.new("L", (64, 64), 255).save(path)
     assert dense(tmp_path / "three", run, cli)[1] == []
-    write_quadrants(tmp_path / "one", 20, (64, 64), values=(4, 4))
+    write_quadrants(tmp_path / "one", 50, (64, 64), values=(4, 4))
     assert dense(tmp_path / "one", run, cli)[1] == [
         "all masks hold 4 alone: there is nothing to tell apart"
     ]
