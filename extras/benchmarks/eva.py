@@ -2,7 +2,7 @@
 them?
 
     python -m extras.benchmarks.eva --eva EVA_VENV/bin/eva --eva-source EVA --tiles TILES
-        [--run runs/NAME] [--dim 96]                            ten minutes on one CPU core
+        [--run runs/NAME] [--dim 96]                            a quarter of an hour on a CPU
 
 runs in this project's environment; kaiko-eva needs one of its own, EVA_VENV, made as eva.yaml says,
 and a checkout EVA of github.com/kaiko-ai/eva at its version (the package has no configs).
