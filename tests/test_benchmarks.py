@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -462,6 +463,25 @@ def test_eva_lays_tiles_out_as_bach(tmp_path):
         eva.choose_tiles(tmp_path / "tiles")
 
 
+def test_evas_tiles_are_shrunk_as_evaluate_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(eva, "N_TILES", 4)
+    files = []
+    for kind in "abcd":
+        file = tmp_path / "tiles" / f"{kind}_0.png"
+        file.parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(ord(kind)).integers(0, 256, (48, 80, 3), np.uint8)
+        Image.fromarray(pixels).save(file)
+        files.append(str(file))
+    photos = eva.lay_out(tmp_path / "tiles", 32, tmp_path / "bach")
+    seen = evaluate.CentreTiles("", 32, files)
+    for i, name in enumerate(eva.CLASSES):
+        laid = np.array(Image.open(photos / name / f"{i:03d}.tif"))
+        assert np.array_equal(laid, seen[i]["image"].permute(1, 2, 0))
+    Path(files[2]).write_bytes(b"none")
+    with pytest.raises(InputError, match="--tiles: .*c_0.png.*replace it"):
+        eva.lay_out(tmp_path / "tiles", 32, tmp_path / "again")
+
+
 def test_eva_compares_features(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eva, "N_TILES", 3)
     student = Student("toy").eval()
@@ -473,11 +493,14 @@ def test_eva_compares_features(tmp_path, monkeypatch, capsys):
         image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
         torch.save(evaluate.embed(student, image[None]), written / f"{path.stem}.pt")
         rows.append({"origin": path.name, "embeddings": f"{path.stem}.pt"})
+        rows[-1] |= {"target": len(rows) % 2, "split": "train"}
+    rows[-1]["split"] = "val"  # 1, as the first of the other two
     with open(written / "manifest.csv", "w", newline="") as file:
         table = csv.DictWriter(file, rows[0].keys())
         table.writeheader()
         table.writerows(rows)
     assert eva.compare(written, photos, student, 48)
+    assert "2 tiles to learn from, 1 to ask" in capsys.readouterr().out
     assert not eva.compare(written, photos, student, 16)  # they are 48 numbers, not 16
     torch.save(torch.full((1, 48), torch.nan), written / rows[0]["embeddings"])
     assert not eva.compare(written, photos, student, 48)

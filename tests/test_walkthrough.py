@@ -19,7 +19,7 @@ SIX = ["losses", "student", "teachers", "data", "train", "evaluate"]
 NOTEBOOK = json.loads(FILE.read_text())
 CELLS = NOTEBOOK["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
-PICTURES = 9  # in all
+PICTURES = 8  # in all
 
 
 def source_of(cell):
@@ -107,7 +107,7 @@ def test_timm_says_what_we_say(executed):
     for told in (texts_of(cells[-1]), texts_of(CODE[-1])):
         rows = dict(re.findall(r"(timm|ours) \[(.*)\]", told))
         timm, ours = (list(map(float, rows[name].split(","))) for name in ("timm", "ours"))
-        assert len(timm) == 8 and timm == pytest.approx(ours, abs=1e-5)
+        assert len(timm) == 8 and timm == pytest.approx(ours, abs=2e-4)  # of 4 digits
 
 
 def test_a_second_run_trains_nothing(executed):

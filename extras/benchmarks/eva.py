@@ -1,16 +1,19 @@
-"""Are the features that kaiko-eva computes from an exported student ours, whole and cut?
+"""Are the features that kaiko-eva computes from an exported student ours, and what does it make of
+them?
 
     python -m extras.benchmarks.eva --eva EVA_VENV/bin/eva --eva-source EVA --tiles TILES
-        [--run runs/NAME] [--dim 96]                            ten minutes on one CPU core
+        [--run runs/NAME] [--dim 96]                            a quarter of an hour on a CPU
 
 runs in this project's environment; kaiko-eva needs one of its own, EVA_VENV, made as eva.yaml says,
 and a checkout EVA of github.com/kaiko-ai/eva at its version (the package has no configs).
 
-TILES holds at least 400 images of 224 x 224 px, of at least four kinds, named KIND_NUMBER. They are
-laid out as BACH, whose loader insists on 400 images in four classes, so the metrics are those of
-this task, not of BACH. Tiles of 224 px, because eva shrinks bilinearly and we bicubically: only
-there do both see the same pixels. Without --run the student is a ViT-S with random weights. Exit
-code 1: features differ by more than 1e-5.
+TILES holds at least 400 images of at least four kinds, named KIND_NUMBER. They are laid out as
+BACH, whose loader insists on 400 images in four classes, so the metrics are those of this task, not
+of BACH. Before that they are shrunk to the student's size as evaluate.py does, for eva shrinks
+bilinearly and we bicubically: only there do both see the same pixels. Then eva trains its linear
+probe; what it finds on its validation tiles is printed beside ours, learned and asked on the same
+tiles. Without --run the student is a ViT-S with random weights. Exit code 1: features differ by
+more than 1e-5.
 """
 
 import argparse
@@ -25,9 +28,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from data import make_parser, path, positive, run_program
-from evaluate import embed, load_student
+from evaluate import CentreTiles, check_dim, embed, linear_probe, load_student
 from extras.benchmarks.timing import random_student
 from extras.export import export
 from student import InputError, Student
@@ -36,7 +40,6 @@ HERE = Path(__file__).parent
 CONFIG = "configs/vision/pathology/offline/classification/bach.yaml"
 CLASSES = ("Benign", "InSitu", "Invasive", "Normal")  # BACH's folders
 N_TILES = 400
-SIDE = 224  # px of a tile
 TOLERANCE = 1e-5
 HOUR = 3600
 
@@ -63,28 +66,35 @@ def choose_tiles(tiles: Path) -> list[tuple[str, Path]]:
     return chosen[:N_TILES]
 
 
-def lay_out(tiles: Path, root: Path) -> Path:
-    """The tiles as BACH has its own -> the folder of its classes."""
+def lay_out(tiles: Path, size: int, root: Path) -> Path:
+    """The tiles at size x size px as BACH has its own -> the folder of its classes."""
     photos = root / "ICIAR2018_BACH_Challenge" / "Photos"
-    for i, (name, file) in enumerate(choose_tiles(tiles)):
-        image = Image.open(file).convert("RGB")
-        if image.size != (SIDE, SIDE):
-            raise InputError(f"--tiles: {file} is not of 224 x 224 px; give tiles of that size")
+    chosen = choose_tiles(tiles)
+    reader = CentreTiles("", size, [str(file) for _, file in chosen])
+    for i, (name, _) in enumerate(chosen):
+        item = reader[i]
+        if item["unreadable"]:
+            raise InputError(f"--tiles: {item['unreadable'][0]}; replace it")
         (photos / name).mkdir(parents=True, exist_ok=True)
-        image.save(photos / name / f"{i:03d}.tif")
+        to_pil_image(item["image"]).save(photos / name / f"{i:03d}.tif")
     return photos
 
 
 # ---- eva -----------------------------------------------------------------------------------------
 
 
-def run_eva(args: argparse.Namespace, folder: Path, dim: int, name: str, work: Path) -> Path:
-    """One benchmark, as the documented command does it -> the folder of the embeddings."""
+def run_eva(args: argparse.Namespace, folder: Path, dim: int, size: int, work: Path) -> Path:
+    """One benchmark, as the documented command does it -> the folder of the embeddings.
+
+    folder: the exported student, of `dim` numbers a tile of size x size px
+    """
+    name = folder.name
     knobs = {
         "STUDENT": folder,
         "IN_FEATURES": dim,
         "MODEL_NAME": name,
         "DATA_ROOT": work / "bach",
+        "RESIZE_DIM": size,
         "EMBEDDINGS_ROOT": work / "embeddings",
         "OUTPUT_ROOT": work / "logs" / name,
         "N_RUNS": 1,
@@ -109,7 +119,7 @@ def run_eva(args: argparse.Namespace, folder: Path, dim: int, name: str, work: P
 
 
 def compare(written: Path, photos: Path, student: Student, dim: int) -> bool:
-    """Print how far eva's embeddings are from ours -> whether they are equal."""
+    """Print how far eva's embeddings are from ours, and our probe -> whether they are equal."""
     with open(written / "manifest.csv", newline="") as manifest:
         rows = list(csv.DictReader(manifest))
     theirs = []
@@ -126,11 +136,23 @@ def compare(written: Path, photos: Path, student: Student, dim: int) -> bool:
     varies = ours.std(0).mean()
     print(f"  {len(rows)} tiles, largest difference {difference:.1e};")
     print(f"  a channel varies over tiles by {varies:.2f}")
+    print_probe(rows, ours)
     return len(rows) == N_TILES and difference <= TOLERANCE
+
+
+def print_probe(rows: list[dict], features: torch.Tensor) -> None:
+    """What our linear probe finds on the tiles that eva validates on. rows: of its manifest."""
+    y = torch.tensor([int(row["target"]) for row in rows])
+    learn = torch.tensor([row["split"] == "train" for row in rows])
+    figures = linear_probe(features[learn], y[learn], features[~learn], y[~learn])
+    print(f"  linear probes, {learn.sum()} tiles to learn from, {(~learn).sum()} to ask; ours:")
+    for name, value in figures.items():
+        print(f"    {name} {value:.4f}")
 
 
 def print_metrics(logs: Path) -> None:
     """What eva's own linear probe found."""
+    print("  eva's:")
     [results] = logs.rglob("results.json")
     for name, value in json.loads(results.read_text())["metrics"]["val"][0].items():
         print(f"    {name} {value['mean']:.4f}")
@@ -144,8 +166,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--eva", type=path, required=True, help="the eva program of its environment")
     add("--eva-source", type=path, required=True, help="a checkout of eva, for its configs")
-    add("--tiles", type=path, required=True, help="400 images of 224 px, named KIND_NUMBER")
-    add("--run", type=path, help="a run folder or student.pt of a vit_b or vit_s (default: random)")
+    add("--tiles", type=path, required=True, help="400 images, named KIND_NUMBER")
+    add("--run", type=path, help="a run folder or student.pt (default: a random vit_s)")
     add("--dim", type=positive, default=96, help="the smaller dim (default: 96)")
     add("--steps", type=positive, default=200, help="of eva's linear probe (default: 200)")
     args = parser.parse_args()
@@ -168,15 +190,14 @@ def main() -> int:
             args.run = work / "random.pt"
             random_student("vit_s", args.run)
         student, _ = load_student(args.run)
-        if student.img_size != SIDE:
-            raise InputError(f"--run: {args.run} sees no tiles of 224 px; give a vit_b or vit_s")
-        photos = lay_out(Path(args.tiles), work / "bach")
+        check_dim(args.dim, student, args.run, "--dim")
+        photos = lay_out(Path(args.tiles), student.img_size, work / "bach")
         equal = True
         for dim in (student.width, args.dim):
             name = f"dim-{dim}"
             export(args.run, work / name, dim)
             began = time.monotonic()
-            written = run_eva(args, work / name, dim, name, work)
+            written = run_eva(args, work / name, dim, student.img_size, work)
             print(f"dim {dim}: {time.monotonic() - began:.0f} s", flush=True)
             equal &= compare(written, photos, student, dim)
             print_metrics(work / "logs" / name)
