@@ -312,10 +312,22 @@ def test_another_optimizer_with_a_constant_rate(tmp_path, run, tiles, monkeypatc
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, run, tiles, monkeypatch):
     run(*ONE, "--steps", 2, "--stop-at", 1, "--data", tiles, "--out", tmp_path / "run")
-    monkeypatch.setattr(train, "make_optimizer", sgd)  # it has one group of parameters, not two
-    with pytest.raises(InputError, match="last.pt, its optimizer, is of another run") as error:
-        run("--resume", tmp_path / "run")
-    assert "\n" not in str(error.value)
+    make_optimizer = train.make_optimizer
+
+    def of_one_group(model, lr):
+        return torch.optim.AdamW(model.parameters(), lr)
+
+    messages = {
+        sgd: "run was trained by AdamW, make_optimizer makes SGD; begin another run",
+        of_one_group: "last.pt, its optimizer, is of another run",
+    }
+    for other, message in messages.items():
+        monkeypatch.setattr(train, "make_optimizer", other)
+        with pytest.raises(InputError, match=message) as error:
+            run("--resume", tmp_path / "run")
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    run("--resume", tmp_path / "run")
 
 
 def test_schedule_and_weight_decay():

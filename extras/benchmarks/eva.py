@@ -31,7 +31,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from data import make_parser, path, positive, run_program
-from evaluate import CentreTiles, check_dim, embed, linear_probe, load_student
+from evaluate import CentreTiles, check_dim, embed, figures_of, linear_probe, load_student
 from extras.benchmarks.timing import random_student
 from extras.export import export
 from student import InputError, Student
@@ -144,9 +144,9 @@ def print_probe(rows: list[dict], features: torch.Tensor) -> None:
     """What our linear probe finds on the tiles that eva validates on. rows: of its manifest."""
     y = torch.tensor([int(row["target"]) for row in rows])
     learn = torch.tensor([row["split"] == "train" for row in rows])
-    figures = linear_probe(features[learn], y[learn], features[~learn], y[~learn])
+    answers = linear_probe(features[learn], y[learn], features[~learn], y[~learn])
     print(f"  linear probes, {learn.sum()} tiles to learn from, {(~learn).sum()} to ask; ours:")
-    for name, value in figures.items():
+    for name, value in figures_of(answers).items():
         print(f"    {name} {value:.4f}")
 
 
