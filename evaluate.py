@@ -1100,13 +1100,13 @@ def print_result(result: dict) -> None:
         if row["model"] not in BASELINES:
             sizes[row["model"]] = f"{row['model']} {row['parameters'] / 1e6:.3f} M"
     print(f"parameters: {', '.join(sizes.values())}")
+    print(f"seed {result['seed']}; tiles: {result['tiles']}")
     for doubt in result["doubts"]:
         print(f"warning: {doubt}")
     for task, protocol in result["protocol"].items():
         print(f"{task}: {protocol}")
     for words in result["left_out"]:
         print(f"left out: {words}")
-    print(f"seed {result['seed']}; tiles: {result['tiles']}")
 
 
 def print_table(rows: list[dict], label: str) -> None:

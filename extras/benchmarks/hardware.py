@@ -30,6 +30,7 @@ from train import DEFAULTS, MANY_EPOCHS
 SHARE = 0.4  # of the peak; an assumption
 TILES = 64  # a step
 PEAKS = {"T4": 65, "RTX 4090": 165, "A100": 312, "H100": 989}  # TFLOP/s, dense, as the makers say
+GIGABYTES = {"T4": 16, "RTX 4090": 24, "A100": 80, "H100": 80}  # of memory; an A100 may have 40
 
 
 class Setting(NamedTuple):
@@ -117,7 +118,7 @@ def estimate(setting: Setting, memory: str) -> list[str]:
         f"{seen * (teachers + own) / rate:.1f} h",
         f"  with extras.cache: {gigabytes:.1f} GB on disk, "
         f"{(cached * teachers + seen * own) / rate:.1f} h",
-        f"  at {TILES} tiles a pass: {memory}",
+        f"  at {TILES} tiles a pass, of the card's {GIGABYTES[setting.card]} GB: {memory}",
     ]
 
 
@@ -136,7 +137,8 @@ def main() -> None:
     """The command line."""
     parser = make_parser("python -m extras.benchmarks.hardware", __doc__)
     parser.add_argument("--teachers", type=name_list, help="of teachers.py; asks for one setting")
-    parser.add_argument("--student", choices=["vit_s", "vit_b"], default="vit_s")
+    text = "(default: vit_s; train.py's own is vit_b)"
+    parser.add_argument("--student", choices=["vit_s", "vit_b"], default="vit_s", help=text)
     parser.add_argument("--tiles", type=positive, default=100_000, help="that you have")
     text = f"(default: {MANY_EPOCHS} epochs, at most the student's own)"
     parser.add_argument("--steps", type=positive, help=text)
@@ -146,6 +148,7 @@ def main() -> None:
     settings = SETTINGS[:1] if args.tiny else SETTINGS
     if args.teachers:
         settings = [read_setting(args)]
+    print("counting on a CPU, a minute or two a setting", flush=True)
     memory = {}
     for setting in settings:
         models = (*setting.teachers, setting.student)
