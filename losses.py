@@ -32,41 +32,6 @@ from student import InputError, Tokens  # Tokens: {"summary": (B, D), "patches":
 # ---- the targets: teachers' tokens, standardised ----
 
 
-def hadamard(n: int) -> Tensor:
-    """A Hadamard matrix: H (n, n) of +1 and -1 with H H^T = n I, in float64.
-
-    n is 2^k, 12 * 2^k or 20 * 2^k, the widths that teachers have. InputError: any other n.
-    """
-    if n == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
-    if n in (12, 20):
-        return paley(n - 1)
-    if n % 2 == 1:
-        raise InputError(
-            "--standardize phi-s: a teacher's width must be 2^k, 12 * 2^k or 20 * 2^k; "
-            "use --standardize channel"
-        )
-    H = hadamard(n // 2)
-    top = torch.cat([H, H], dim=1)
-    bottom = torch.cat([H, -H], dim=1)
-    return torch.cat([top, bottom])  # Sylvester's doubling
-
-
-def paley(q: int) -> Tensor:
-    """Paley's Hadamard matrix (q + 1, q + 1), for the primes q = 11 and 19.
-
-    Any two rows of the inner block have the inner product -1, which the border of ones makes 0;
-    that needs a prime q with q % 4 == 3.
-    """
-    chi = -torch.ones(q, dtype=torch.float64)  # -1, but +1 at the squares modulo q other than 0
-    for i in range(1, q):
-        chi[i * i % q] = 1
-    H = torch.ones(q + 1, q + 1, dtype=torch.float64)  # a border of ones
-    for i in range(q):
-        H[i + 1, 1:] = chi.roll(i)  # and inside it, row i, column j: chi[j - i]
-    return H
-
-
 class Standardizer(nn.Module):
     """One teacher's summary, or its patches: y (..., D) -> R (y - mean) / scale (..., D), float32.
 
@@ -231,3 +196,41 @@ def nested_loss(
             for name, value in parts.items():
                 terms[f"{t}/{name}@{m}"] = value.detach()
     return loss, terms
+
+
+# ---- Hadamard matrices, which PHI-S needs; not needed to follow the rest ----
+
+
+def hadamard(n: int) -> Tensor:
+    """A Hadamard matrix: H (n, n) of +1 and -1 with H H^T = n I, in float64.
+
+    n is 2^k, 12 * 2^k or 20 * 2^k, the widths that teachers have. InputError: any other n.
+    """
+    if n == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    if n in (12, 20):
+        return paley(n - 1)
+    if n % 2 == 1:
+        raise InputError(
+            "--standardize phi-s: a teacher's width must be 2^k, 12 * 2^k or 20 * 2^k; "
+            "use --standardize channel"
+        )
+    H = hadamard(n // 2)
+    top = torch.cat([H, H], dim=1)
+    bottom = torch.cat([H, -H], dim=1)
+    return torch.cat([top, bottom])  # Sylvester's doubling
+
+
+def paley(q: int) -> Tensor:
+    """Paley's Hadamard matrix (q + 1, q + 1), for the primes q = 11 and 19.
+
+    Any two rows of the inner block have the inner product -1, which the border of ones makes 0;
+    that needs a prime q with q % 4 == 3.
+    """
+    chi = -torch.ones(q, dtype=torch.float64)  # -1, but +1 at the squares modulo q other than 0
+    for i in range(1, q):
+        chi[i * i % q] = 1
+    H = torch.ones(q + 1, q + 1, dtype=torch.float64)  # a border of ones
+    for i in range(q):
+        H[i + 1, 1:] = chi.roll(i)  # and inside it, row i, column j: chi[j - i]
+    return H

@@ -254,7 +254,9 @@ def test_hardware(run, monkeypatch):
     small = hardware.SETTINGS[0]._replace(teachers=["lunit_s16"], student="toy")  # for a test
     monkeypatch.setattr(hardware, "SETTINGS", [small])
     code, out = run(hardware, "--tiny")
-    assert not code and out.startswith("1 T4: lunit_s16 -> toy\n  100,000 tiles, 20,000 steps")
+    assert not code and out.startswith("counting on a CPU")
+    assert "1 T4: lunit_s16 -> toy\n  100,000 tiles, 20,000 steps" in out
+    assert "of the card's 16 GB: " in out
 
 
 def test_an_estimate_is_what_its_parts_come_to(monkeypatch):
