@@ -125,7 +125,7 @@ def train(
             outputs = teacher_outputs(batch, images, teachers, grid)
             targets = standardizers(outputs)
 
-            # DDP asks in the forward, and averages gradients once a step; without DDP it is idle
+            # DDP reads this in its forward, to average gradients once a step; else it does nothing
             model.require_backward_grad_sync = micro_step == args.accumulate - 1
             with autocast:
                 predictions = model(images)

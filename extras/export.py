@@ -202,7 +202,7 @@ def main() -> None:
     print(f"{args.out}: the student of {args.run}, {dim} numbers a tile")
     if dim not in config["trained_dims"]:
         trained = ", ".join(str(m) for m in config["trained_dims"])
-        print(f"  {dim} is no nested dim: heads learned from {trained}, and to {dim} is between")
+        print(f"  {dim} is none of the nested dims ({trained}): no head was trained on it alone")
     print(f'  timm.create_model("local-dir:{args.out}", pretrained=True)    # timm >= 1.0.16')
     for name, licence in config.get("licences", {}).items():
         print(f"  made from {name}; licence {licence}")

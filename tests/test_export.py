@@ -198,6 +198,14 @@ def test_a_cut_student_offers_no_dim_beyond_its_own(tmp_path, run):
     assert again["nested_dims"] == [4] and again["trained_dims"] == before["nested_dims"]
 
 
+def test_a_cut_between_nested_dims_is_said(tmp_path, run, monkeypatch, capsys):
+    told = {}
+    for dim in (7, 8):
+        export_as_typed(monkeypatch, run, tmp_path / f"cut-{dim}", "--dim", dim)
+        told[dim] = "none of the nested dims (4, 8, 48)" in capsys.readouterr().out
+    assert told == {7: True, 8: False}
+
+
 def test_embed_takes_an_exported_folder(tmp_path, run):
     write_tiles(tmp_path / "tiles", 3, (64, 64))
     export.export(run, tmp_path / "cut", 7)
